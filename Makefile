@@ -1,0 +1,35 @@
+# Two commands matter: `make landscape` and `make test`. Both set up what they need in .venv and may be repeated.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: help setup landscape test lint figures benchmarks clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+setup:  ## create .venv with everything, a CPU build of vLLM included
+	@bash scripts/setup.sh $(VENV)
+
+landscape: setup  ## measure a real landscape on this machine and draw it (about 10 minutes)
+	$(PYTHON) -m rlvr_landscape_plugin.sweep @ configs/sweep/quickstart.toml
+	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart
+
+figures: setup  ## draw the figures of outputs/quickstart again
+	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart
+
+lint: setup  ## ruff and pyright
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+test: lint  ## lint, then every test that this machine can run
+	$(PYTHON) -m pytest
+
+benchmarks: setup  ## the benchmarks whose numbers docs/benchmarks.md quotes
+	$(PYTHON) benchmarks/rollouts.py
+	$(PYTHON) benchmarks/moves.py
+
+clean:  ## remove outputs, keep the environment
+	rm -rf outputs

@@ -1,0 +1,246 @@
+"""Every configuration class of the sweep, in one place.
+
+TOML with comments (`@ file.toml`) and dotted overrides (`--grid.alpha.points 9`), typed, unknown keys refused. Parsing
+imports neither torch nor vllm nor verifiers, so `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+from pydantic_config import BaseConfig, ConfigFileError, cli
+
+from rlvr_landscape_plugin.errors import ConfigurationError
+
+
+class StrictConfig(BaseConfig):
+    """A table of the configuration; an unknown key is refused with the nearest known one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {key!r}; {hint}")
+        return data
+
+
+class AxisConfig(StrictConfig):
+    """One axis of the grid, in units of the direction's norm (α = 0.05 moves 5 % of a tensor's norm)."""
+
+    min: float = -0.15
+    """Smallest coordinate; must be below 0."""
+    max: float = 0.15
+    """Largest coordinate; must be above 0."""
+    points: int = Field(7, ge=2)
+    """Number of evenly spaced coordinates. If 0 is not among them (an even number, an uneven range), it is added."""
+
+    @model_validator(mode="after")
+    def _range(self) -> AxisConfig:
+        if not (math.isfinite(self.min) and math.isfinite(self.max)):
+            raise ValueError(f"min = {self.min} and max = {self.max} must be finite numbers")
+        if self.min >= self.max:
+            raise ValueError(f"min = {self.min} is not below max = {self.max}; swap them")
+        if not self.min < 0 < self.max:
+            raise ValueError(f"the range {self.min} … {self.max} must contain the origin 0 in its inside")
+        return self
+
+    def values(self) -> np.ndarray:
+        """Coordinates, float64, ascending, 0.0 among them exactly once."""
+        values = np.linspace(self.min, self.max, self.points)
+        values[np.abs(values) <= 1e-12 * (self.max - self.min)] = 0.0
+        return values if 0.0 in values else np.sort(np.append(values, 0.0))
+
+
+class GridConfig(StrictConfig):
+    """The points of the slice: every α with every β."""
+
+    alpha: AxisConfig = AxisConfig()
+    """Coordinates along δ."""
+    beta: AxisConfig = AxisConfig()
+    """Coordinates along η."""
+
+
+class SliceConfig(StrictConfig):
+    """The directions; see `directions.SliceSpec`."""
+
+    seeds: list[int] = Field([0], min_length=1)
+    """One slice per seed; the same seed draws the same noise for every snapshot."""
+    normalization: Literal["tensor", "filter", "global"] = "tensor"
+    """How directions are scaled to the weights."""
+    include: list[str] = Field(["*"], min_length=1)
+    """Globs of checkpoint tensor names that move."""
+    exclude: list[str] = []
+    """Globs of checkpoint tensor names that stand still."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise ValueError(f"seeds must be distinct non-negative integers, got {seeds}")
+        return seeds
+
+
+class EnvConfig(StrictConfig):
+    """What the policy is asked: any single-agent chat taskset of verifiers."""
+
+    id: str = "rlvr-alphabet-sort"
+    """Taskset id, as for `vf-eval`; its package must be installed."""
+    taskset: dict[str, Any] = {}
+    """Options of the taskset (what `vf-eval` takes as `--env.taskset.*`)."""
+    num_prompts: int = Field(32, ge=1)
+    """The first so many tasks of the taskset, the same at every point of every snapshot."""
+    rollouts: int = Field(4, ge=1)
+    """Episodes per task and point, and per task in the checkpoint's own batch."""
+    max_concurrent: int = Field(512, ge=1)
+    """Episodes in flight per server."""
+
+
+class SamplingConfig(StrictConfig):
+    """How completions are sampled. Scoring (KL, surrogate) is always at temperature 1."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. KL and surrogate are those of the policy only at 1."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus; 1 samples from the whole distribution."""
+    max_tokens: int = Field(512, ge=1)
+    """Limit per turn, in tokens."""
+
+
+class SurrogateConfig(StrictConfig):
+    """The GRPO objective that the landscape reports."""
+
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """ε below: ratios under 1 − ε are clipped."""
+    clip_high: float = Field(0.2, gt=0)
+    """ε above: ratios over 1 + ε are clipped."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """`std`: (r − mean)/(std + eps), population standard deviation of the group. `none`: r − mean, as prime-rl 0.8."""
+    advantage_eps: float = Field(1e-8, gt=0)
+    """Guard of the division."""
+
+
+class ServerConfig(StrictConfig):
+    """The vLLM servers. None of this but `dtype` and `device` should change a result; all of it may change the speed."""
+
+    urls: list[str] = []
+    """Servers to use; empty starts one here, on loopback, and ends it after the sweep."""
+    token: str | None = None
+    """Bearer token of the servers in `urls`; default: environment variable RLVR_LANDSCAPE_TOKEN. Never stored."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the local server runs."""
+    dtype: str = "auto"
+    """Weights' dtype; `auto` is float32 on a CPU and the checkpoint's own on a GPU."""
+    port: int | None = Field(None, ge=1, le=65535)
+    """Port of the local server; default: a free one."""
+    max_model_len: int = Field(1024, ge=16)
+    """Longest conversation, in tokens."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences decoded together."""
+    max_num_batched_tokens: int = Field(8192, ge=16)
+    """Tokens scheduled together. Scoring holds this many × vocabulary × 4 bytes beside the weights."""
+    gpu_memory_utilization: float = Field(0.7, gt=0, le=1)
+    """vLLM's share of a GPU; the slice's float32 copies (12 bytes per parameter) need room beside it."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """KV cache of a CPU server, GiB."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs per model replica."""
+    enable_prefix_caching: bool = True
+    """Reuse the prompt's keys and values between rollouts; every move empties this cache."""
+    extra_args: list[str] = []
+    """Further arguments for vLLM's API server, as they are."""
+    start_timeout: float = Field(600, gt=0)
+    """Seconds until a started server must answer."""
+    request_timeout: float = Field(600, gt=0)
+    """Seconds without a byte from the server until a request counts as failed."""
+    log: Path | None = None
+    """Log of the local server; default: server.log in `output`."""
+
+
+class SweepConfig(StrictConfig):
+    """A sweep: snapshots × slices × grid."""
+
+    output: Path = Path("outputs/sweep")
+    """Directory of the journal and the datasets."""
+    snapshots: list[str] = Field(["tiny-sorter"], min_length=1)
+    """Hugging Face checkpoint directories, or `tiny-sorter`, the policy shipped with the package."""
+    seed: int = Field(0, ge=0)
+    """Seed of all sampling: the same (prompt, rollout, turn) draws the same noise at every point."""
+    grid: GridConfig = GridConfig()
+    """The points."""
+    slice: SliceConfig = SliceConfig()
+    """The directions."""
+    env: EnvConfig = EnvConfig()
+    """The tasks."""
+    sampling: SamplingConfig = SamplingConfig()
+    """The sampler."""
+    surrogate: SurrogateConfig = SurrogateConfig()
+    """The objective."""
+    server: ServerConfig = ServerConfig()
+    """The inference servers."""
+    save_traces: bool = False
+    """Keep every conversation in verifiers' own trace format beside the points."""
+    dry_run: bool = False
+    """Print the resolved configuration and the expected cost, then stop."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What determines the numbers, JSON-able; `from_provenance` turns it back into a configuration."""
+        data = self.model_dump(mode="json", exclude={"output", "snapshots", "save_traces", "dry_run", "server"})
+        # A slice's own seed is part of its identity, the list of all of them is not.
+        del data["slice"]["seeds"], data["env"]["max_concurrent"]
+        return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}
+
+    @classmethod
+    def from_provenance(cls, data: dict[str, Any]) -> SweepConfig:
+        """A configuration that measures the same numbers."""
+        return cls.model_validate(data)
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of the canonical JSON of `data`."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_config(argv: Sequence[str]) -> SweepConfig:
+    """Parse a command line; raises `ConfigurationError` for whatever is wrong in it or in its files."""
+    try:
+        return cli(SweepConfig, args=list(argv), prog="python -m rlvr_landscape_plugin.sweep", description=__doc__)
+    except (ConfigFileError, OSError, ValueError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def dry_run_report(config: SweepConfig) -> str:
+    """The resolved configuration, the number of points, an upper bound on the tokens, and the disk space."""
+    alphas, betas = config.grid.alpha.values(), config.grid.beta.values()
+    slices = len(config.snapshots) * len(config.slice.seeds)
+    points = len(alphas) * len(betas)
+    batch = config.env.num_prompts * config.env.rollouts
+    episodes = slices * (points + 1) * batch
+    dump = config.model_dump(mode="json", exclude={"server": {"token"}})
+    generated = episodes * config.sampling.max_tokens
+    scored = slices * (points + 1) * batch * config.server.max_model_len
+    # Nine float32 values per rollout and point, halved by compression in practice, kept once in the journal too.
+    disk = slices * points * batch * 9 * 4 * 2
+    return "\n".join(
+        [
+            json.dumps(dump, indent=2),
+            f"grid        {len(alphas)} × {len(betas)} = {points} points, {slices} slices "
+            f"({len(config.snapshots)} snapshots × {len(config.slice.seeds)} seeds)",
+            f"episodes    {episodes:,} ({config.env.num_prompts} prompts × {config.env.rollouts} rollouts per point)",
+            f"sampled     at most {generated:,} tokens per turn of an episode",
+            f"scored      at most {scored:,} tokens (episodes are usually far shorter than max_model_len)",
+            f"disk        at most {disk / 2**20:,.1f} MiB",
+            f"output      {config.output}",
+        ]
+    )

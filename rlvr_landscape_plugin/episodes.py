@@ -1,0 +1,491 @@
+"""verifiers episodes in process: the taskset's conversation and reward, our tokens.
+
+`Env.run` of the taskset drives the conversation and `Task.score` gives the reward, exactly as `vf-eval` would call
+them; only the agent is ours. It runs its chat loop in this process and sends token ids straight to the landscape
+server, so that a turn costs no process and no re-tokenisation: the prompt of a later turn is the tokens of the earlier
+ones as sampled, followed by what the chat template puts between them.
+
+What such an agent cannot honour (tools, containers, request hooks, a reward that needs a runtime) is refused when the
+taskset is opened, never skipped. verifiers is imported inside functions: `--help` must not wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from rlvr_landscape_plugin.errors import ServerError, SnapshotError, TasksetError
+
+if TYPE_CHECKING:
+    import verifiers.v1 as vf
+
+    from rlvr_landscape_plugin.serving.client import Completion
+
+OK, TRUNCATED, ERROR = 0, 1, 2
+"""Rollout status, as in the dataset: finished, cut by a length limit, failed."""
+
+_MARK = "RLVRLANDSCAPEMARK"
+
+
+class TurnSampler(Protocol):
+    """What an episode needs of a server: `LandscapeClient.generate`."""
+
+    async def generate(self, prompt: Sequence[int] | np.ndarray, seed: int, max_tokens: int) -> Completion:
+        """Sample one turn."""
+        ...
+
+
+def sampling_seed(seed: int, stream: str, prompt: int, rollout: int, turn: int) -> int:
+    """The sampler's seed of one turn, in [0, 2^63): a pure function of where the turn stands.
+
+    The same at every grid point, so that neighbouring policies share their randomness (common random numbers).
+    """
+    text = f"{seed}/{stream}/{prompt}/{rollout}/{turn}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class ChatFormat:
+    """Chat messages → token ids, by the policy's own tokenizer and chat template."""
+
+    def __init__(self, policy: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise SnapshotError(f"{policy} has no usable tokenizer: {error}") from error
+        if not self.tokenizer.chat_template:
+            raise SnapshotError(f"the tokenizer in {policy} has no chat template; the policy must be a chat model")
+        self.opening = lru_cache(maxsize=65536)(self._opening)
+        self.bridge = lru_cache(maxsize=65536)(self._bridge)
+
+    def _opening(self, conversation: str) -> list[int]:
+        """Token ids of a first prompt, generation prompt included. `conversation`: JSON of the chat messages."""
+        text = self._render(json.loads(conversation))
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _bridge(self, messages: str) -> list[int]:
+        """Token ids between a sampled reply and the next one: end of turn, `messages`, generation prompt."""
+        text = self._render(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}, *json.loads(messages)]
+        )
+        _, found, rest = text.rpartition(_MARK)
+        if not found:
+            raise SnapshotError("the chat template drops assistant messages; multi-turn tasks need them")
+        return self.tokenizer.encode(rest, add_special_tokens=False)
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def extend(self, prompt: list[int], completion: Completion, messages: str) -> list[int]:
+        """The next prompt: what the model saw and said, token for token, then `messages`."""
+        bridge = self.bridge(messages)
+        sampled = completion.tokens.tolist()
+        # The sampled end-of-turn token is the template's own; after a cut reply the template must close it.
+        if completion.finish == "stop" and sampled and bridge and sampled[-1] == bridge[0]:
+            bridge = bridge[1:]
+        return [*prompt, *sampled, *bridge]
+
+    def text(self, completion: Completion) -> str:
+        """The reply as the environment reads it."""
+        return self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+
+
+@dataclass
+class Segment:
+    """One token sequence of a rollout and which of its tokens the policy sampled."""
+
+    tokens: np.ndarray
+    """int32, whole sequence."""
+    sampled: np.ndarray
+    """bool, same length."""
+    logprobs: np.ndarray
+    """float32, log π of the sampled tokens as the sampler saw them, nat, length `sampled.sum()`."""
+
+
+@dataclass
+class Rollout:
+    """What remains of one episode."""
+
+    reward: float
+    """Sum of the task's weighted rewards; NaN when `status` is ERROR."""
+    status: int
+    segments: list[Segment]
+    error: str | None = None
+    format_failure: float | None = None
+    """The taskset's metric of that name, where it has one: share of replies without the asked-for format."""
+    trace: Any = None
+    """The verifiers trace, when asked to keep it."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Sampled tokens over all turns."""
+        return sum(int(segment.sampled.sum()) for segment in self.segments)
+
+    @property
+    def sampled_logprobs(self) -> np.ndarray:
+        """float32, all sampled tokens in order."""
+        parts = [segment.logprobs for segment in self.segments]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+def open_environment(env_id: str, taskset: dict[str, Any]) -> vf.Env:
+    """The verifiers environment behind a taskset id, checked for what an in-process agent can honour.
+
+    Raises `TasksetError` for an unknown id, refused options, and whatever needs more than a chat loop.
+    """
+    from pydantic import ValidationError
+    from verifiers.v1.env import EnvConfig
+    from verifiers.v1.utils.generic import concrete_type
+    from verifiers.v1.utils.loaders import environment_class
+
+    logging.getLogger("verifiers").setLevel(logging.ERROR)
+    try:
+        cls = environment_class(env_id)
+        config_cls = concrete_type(cls, EnvConfig) or EnvConfig
+        config = config_cls.model_validate(
+            {"taskset": {"id": env_id, **taskset}, "agent": {"runtime": {"type": "subprocess"}}}
+        )
+        env = cls(config)
+    except ModuleNotFoundError as error:
+        raise TasksetError(f"taskset {env_id!r} (env.id) is not installed: {error}") from error
+    except ValidationError as error:
+        raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset): {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TasksetError(f"taskset {env_id!r} (env.id) cannot be opened: {error}") from error
+    names = [name for name, value in env.config if type(value).__name__.endswith("AgentConfig")]
+    if names != ["agent"]:
+        raise TasksetError(f"taskset {env_id!r} plays agents {names}; a sweep measures one policy, a single `agent`")
+    if env.taskset.toolsets(env.taskset.config):
+        raise TasksetError(f"taskset {env_id!r} serves tools; sweeps drive tool-less chat tasksets")
+    caps = ("max_input_tokens", "max_output_tokens", "max_total_tokens")
+    for cap in caps:
+        if getattr(env.config.agent, cap, None) is not None:
+            raise TasksetError(f"taskset {env_id!r} sets agent.{cap}, which sweeps do not enforce; unset it")
+    return env
+
+
+def load_tasks(env: vf.Env, count: int) -> list[vf.Task]:
+    """The first `count` tasks, each checked. Raises `TasksetError` when there are fewer, none, or one is unfit."""
+    name = type(env.taskset).__name__
+    try:
+        tasks = list(itertools.islice(iter(env.taskset), count))
+    except (ValueError, TypeError, OSError, KeyError) as error:
+        raise TasksetError(f"{name} failed to load its tasks: {error}") from error
+    if not tasks:
+        raise TasksetError(f"{name} is empty: it yields no task with these options")
+    if len(tasks) < count:
+        raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower env.num_prompts")
+    _check_task(tasks[0], name)
+    return tasks
+
+
+def _check_task(task: vf.Task, name: str) -> None:
+    from verifiers.v1.session import hook_boundary
+    from verifiers.v1.task import Task
+    from verifiers.v1.trace import Trace
+    from verifiers.v1.utils.decorators import discover_decorated
+
+    def wants_runtime(function: Callable[..., Any]) -> bool:
+        parameter = inspect.signature(function).parameters.get("runtime")
+        return parameter is not None and parameter.default is inspect.Parameter.empty
+
+    scorers = [*task.hooks("reward"), *task.hooks("metric"), *(judge.score for judge in task.plugged_judges())]
+    problems = [f"{fn.__name__}() needs a runtime" for fn in scorers if wants_runtime(fn)]
+    problems += [
+        f"it overrides {hook}()" for hook in ("setup", "finalize") if getattr(type(task), hook) is not getattr(Task, hook)
+    ]
+    if task.NEEDS_CONTAINER or task.data.image is not None:
+        problems.append("it needs a container")
+    if task.toolsets(task.config):
+        problems.append("it serves tools")
+    if discover_decorated(task, "intercept"):
+        problems.append("it intercepts model requests")
+    if any(hook_boundary(fn, allow_trace=True) is not Trace for fn in task.hooks("stop")):
+        problems.append("it stops on requests or responses")
+    if problems:
+        raise TasksetError(f"tasks of {name} need more than an in-process chat loop: {', '.join(problems)}")
+
+
+def prompts_hash(tasks: Sequence[vf.Task]) -> str:
+    """SHA-256 over the content hashes of the tasks, in order."""
+    return hashlib.sha256("\n".join(task.hash for task in tasks).encode()).hexdigest()
+
+
+@dataclass
+class EpisodeRunner:
+    """Plays episodes of one environment with one policy server."""
+
+    env: vf.Env
+    chat: ChatFormat
+    sampler: TurnSampler
+    max_tokens: int
+    max_model_len: int
+    max_concurrent: int = 512
+    keep_traces: bool = False
+    _agent_config: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        from verifiers.v1.types import Sampling
+
+        self._agent_config = self.env.config.agent.model_copy(
+            update={"model": "policy", "sampling": Sampling(max_tokens=self.max_tokens)}
+        )
+        self._gate = asyncio.Semaphore(self.max_concurrent)
+        self._identities: dict[int, tuple[str, str]] = {}
+
+    async def batch(
+        self, tasks: Sequence[vf.Task], rollouts: int, seed: Callable[[int, int, int], int], progress: Callable[[], None]
+    ) -> list[list[Rollout]]:
+        """`rollouts` episodes of every task, concurrently: result[prompt][rollout].
+
+        `seed(prompt, rollout, turn)` names the sampler's seed; `progress` is called after every episode. A failure of
+        the server raises; a failure of the taskset's code is a rollout with status ERROR.
+        """
+
+        async def one(prompt: int, rollout: int) -> Rollout:
+            async with self._gate:
+                result = await self.episode(tasks[prompt], lambda turn: seed(prompt, rollout, turn))
+            progress()
+            return result
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                cells = [
+                    [group.create_task(one(prompt, rollout)) for rollout in range(rollouts)]
+                    for prompt in range(len(tasks))
+                ]
+        except* ServerError as failures:
+            raise _first(failures) from None
+        return [[cell.result() for cell in row] for row in cells]
+
+    async def episode(self, task: vf.Task, seed: Callable[[int], int]) -> Rollout:
+        """Play and score one episode."""
+        from verifiers.v1.agent import Agents
+
+        traces: list[Any] = []
+        cut = [False]
+        agents = Agents(self.env.config, lambda name, spec: _Agent(self, seed, traces, cut))
+        error: str | None = None
+        try:
+            await self.env.setup(agents)
+            await self.env.run(task, agents)
+            if len(traces) != 1:
+                raise TasksetError(f"{type(self.env).__name__}.run() ran the agent {len(traces)} times, expected once")
+        except (ServerError, TasksetError, asyncio.CancelledError):
+            raise
+        except Exception as problem:  # the taskset's own code failed: that is data
+            error = f"{type(problem).__name__}: {problem}"
+        trace = traces[0] if traces else None
+        if trace is not None and error is None:
+            try:
+                await self._finalize(task, trace)
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {problem}"
+        segments = _segments(trace) if trace is not None else []
+        kept = trace if self.keep_traces else None
+        if error is not None:
+            return Rollout(float("nan"), ERROR, segments, error, trace=kept)
+        failure = trace.metrics.get("format_failure")
+        return Rollout(float(trace.reward), TRUNCATED if cut[0] else OK, segments, None, failure, kept)
+
+    async def _finalize(self, task: vf.Task, trace: Any) -> None:
+        from verifiers.v1.env import Env
+
+        if type(self.env).finalize is Env.finalize:
+            return
+        from verifiers.v1.episode import Episode
+
+        await self.env.finalize(task, Episode(task=trace.task, traces=[trace], ok=True))
+
+    def identity(self, task: vf.Task) -> tuple[str, str]:
+        """(key, hash) of a task, computed once."""
+        known = self._identities.get(id(task))
+        if known is None:
+            known = self._identities[id(task)] = (task.key, task.hash)
+        return known
+
+
+def _first(group: BaseExceptionGroup[ServerError]) -> ServerError:
+    for error in group.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an exception group is never empty")
+
+
+class _Agent:
+    """Stands where verifiers passes an `Agent`: `run` and `interaction`, nothing that needs a process."""
+
+    def __init__(self, runner: EpisodeRunner, seed: Callable[[int], int], traces: list[Any], cut: list[bool]) -> None:
+        self._runner, self._seed, self._traces, self._cut = runner, seed, traces, cut
+        self.trainable = True
+        self.config = runner._agent_config
+
+    async def run(self, task: vf.Task, **unsupported: Any) -> Any:
+        """One uninterrupted reply to a task that brings its prompt."""
+        if unsupported:
+            raise TasksetError(f"agent.run({', '.join(unsupported)}=…) is not available in a sweep")
+        async with self.interaction(task) as interaction:
+            await interaction.turn()
+        return interaction.trace
+
+    @contextlib.asynccontextmanager
+    async def interaction(self, task: vf.Task) -> AsyncIterator[_Interaction]:
+        """The conversation, held open turn by turn; scored when the block ends."""
+        interaction = _Interaction(self._runner, task, self._seed, self._cut)
+        self._traces.append(interaction.trace)
+        yield interaction
+        await interaction.close()
+
+
+class _Interaction:
+    def __init__(self, runner: EpisodeRunner, task: vf.Task, seed: Callable[[int], int], cut: list[bool]) -> None:
+        from verifiers.v1.state import state_cls
+        from verifiers.v1.trace import AgentInfo, Trace, TraceTask
+
+        self._runner, self._task, self._seed, self._cut = runner, task, seed, cut
+        key, content_hash = runner.identity(task)
+        self.trace: Any = Trace(
+            task=TraceTask.model_construct(type=type(task).__name__, data=task.data, key=key, hash=content_hash),
+            agent=AgentInfo.model_construct(config=runner._agent_config),
+            state=state_cls(type(task))(),
+        )
+        self._messages: list[Any] = []
+        self._prompt: list[int] = []
+        self._last: Completion | None = None
+        self._turns = 0
+        self._over = self._closed = False
+
+    async def turn(self, message: Any = None) -> Any:
+        """Send user message(s), get the reply as a verifiers `Segment`; bare for a task that brings its prompt."""
+        from verifiers.v1.agent import Segment as Reply
+
+        if self._closed:
+            raise RuntimeError("this interaction is closed")
+        if self._over:
+            raise RuntimeError("the exchange is over; read interaction.trace")
+        opening = self._task.data.prompt is not None and self._last is None
+        if (message is None) != opening:
+            raise ValueError(
+                "a task with a prompt takes its first reply with a bare turn(); every other turn needs a message"
+            )
+        new = self._opening() if self._last is None else []
+        new += [] if message is None else _typed(message)
+        if await self._stopped():
+            self._over = True
+            return Reply(messages=[], terminated=True)
+        wire = json.dumps([_wire(m) for m in new])
+        chat = self._runner.chat
+        prompt = list(chat.opening(wire)) if self._last is None else chat.extend(self._prompt, self._last, wire)
+        room = min(self._runner.max_tokens, self._runner.max_model_len - len(prompt))
+        if room < 1:
+            self.trace.stop("context_length")
+            self._cut[0] = self._over = True
+            return Reply(messages=[], terminated=True)
+        completion = await self._runner.sampler.generate(prompt, self._seed(self._turns), room)
+        self._turns += 1
+        self._cut[0] |= completion.finish == "length"
+        self._prompt, self._last = prompt, completion
+        return Reply(messages=[self._commit(new, prompt, completion)])
+
+    def _opening(self) -> list[Any]:
+        from verifiers.v1.types import SystemMessage
+
+        data = self._task.data
+        system = [SystemMessage(content=data.system_prompt)] if data.system_prompt is not None else []
+        return system + ([] if data.prompt is None else _typed(data.prompt))
+
+    def _commit(self, new: list[Any], prompt: list[int], completion: Completion) -> Any:
+        from verifiers.v1.graph import prepare_turn
+        from verifiers.v1.trace import ModelCall
+        from verifiers.v1.types import AssistantMessage, Response, TurnTokens, Usage
+
+        tokens = completion.tokens.tolist()
+        reply = AssistantMessage(content=self._runner.chat.text(completion))
+        usage = Usage.model_construct(prompt_tokens=len(prompt), completion_tokens=len(tokens))
+        finish: Any = completion.finish if completion.finish in ("stop", "length") else None
+        self._messages += new
+        node = prepare_turn(self.trace, self._messages).commit(
+            Response.model_construct(
+                id="",
+                created=0,
+                model="policy",
+                message=reply,
+                finish_reason=finish,
+                usage=usage,
+                tokens=TurnTokens(
+                    prompt_ids=prompt, completion_ids=tokens, completion_logprobs=completion.logprobs.tolist()
+                ),
+            )
+        )
+        self.trace.calls.append(ModelCall.model_construct(node=node, model="policy", finish_reason=finish, usage=usage))
+        self._messages.append(reply)
+        return reply
+
+    async def _stopped(self) -> bool:
+        if self.trace.stop_condition is not None:
+            return True
+        limit = self._runner.env.config.agent.max_turns
+        if limit is not None and self._turns >= limit:
+            self.trace.stop("max_turns")
+            return True
+        for stop in self._task.hooks("stop"):
+            result = stop(self.trace)
+            if await result if inspect.isawaitable(result) else result:
+                self.trace.stop(stop.__name__)
+                return True
+        return False
+
+    async def close(self) -> None:
+        """End the exchange and score it with the task's own rewards."""
+        if not self._closed:
+            self._closed = True
+            self.trace.stop("user_closed")
+            await self._task.score(self.trace)
+            self.trace.is_completed = self.trace.ok = True
+
+
+def _typed(message: Any) -> list[Any]:
+    from verifiers.v1.dialects import parse_message
+    from verifiers.v1.types import UserMessage
+
+    if isinstance(message, str):
+        return [UserMessage(content=message)]
+    return [parse_message(item) if isinstance(item, dict) else item for item in message]
+
+
+def _wire(message: Any) -> dict[str, str]:
+    if not isinstance(message.content, str):
+        raise TasksetError(f"a {message.role} message has non-text content; sweeps drive text-only tasksets")
+    return {"role": message.role, "content": message.content}
+
+
+def _segments(trace: Any) -> list[Segment]:
+    """Each branch as one token sequence; a sampled token shared by branches counts in the first only."""
+    segments, counted = [], set()
+    for branch in trace.branches:
+        tokens: list[int] = []
+        sampled: list[bool] = []
+        logprobs: list[float] = []
+        for node in branch.nodes:
+            first = id(node) not in counted
+            counted.add(id(node))
+            tokens += node.token_ids
+            sampled += node.mask if first else [False] * len(node.mask)
+            logprobs += node.logprobs if first else []
+        if any(sampled):
+            segments.append(
+                Segment(np.asarray(tokens, np.int32), np.asarray(sampled, bool), np.asarray(logprobs, np.float32))
+            )
+    return segments

@@ -1,0 +1,46 @@
+"""The errors a user can cause or repair, and how a command line shows them: one message, no traceback.
+
+Each names what was wrong, where, and what to do. All of them pickle.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class LandscapeError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigurationError(LandscapeError, ValueError):
+    """A configuration that cannot be run."""
+
+
+class SnapshotError(LandscapeError, ValueError):
+    """A policy on disk that is not whole, or not the one expected."""
+
+
+class TasksetError(LandscapeError, ValueError):
+    """A taskset that cannot be opened or that a sweep cannot drive."""
+
+
+class ServerError(LandscapeError, RuntimeError):
+    """A server that is missing, refuses, answers wrongly or died."""
+
+
+class StoreError(LandscapeError, RuntimeError):
+    """A result directory that cannot be written, or that belongs to something else."""
+
+
+def run_cli(function: Callable[[], None]) -> int:
+    """Call `function`; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    try:
+        function()
+    except LandscapeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished points are kept, the same command continues", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,269 @@
+"""One grid point: move, sample, score → arrays with dims (prompt, rollout).
+
+Definitions are those of docs/design.md: rewards come from fresh rollouts of the moved policy; KL and surrogate come
+from the checkpoint's own completions, scored under the moved weights in one teacher-forced pass. All sums over tokens
+are taken in float64. Nothing here knows of grids, files or progress bars.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from rlvr_landscape_plugin.config import SurrogateConfig
+from rlvr_landscape_plugin.episodes import ERROR, EpisodeRunner, Rollout, Segment, sampling_seed
+from rlvr_landscape_plugin.serving.client import LandscapeClient
+
+if TYPE_CHECKING:
+    import verifiers.v1 as vf
+
+DIMS = ("prompt", "rollout")
+
+
+def group_advantages(rewards: np.ndarray, scale: str, eps: float) -> np.ndarray:
+    """Group-relative advantages, float64, shape (prompt, rollout) as `rewards`.
+
+    `std`: (r − mean) / (std + eps) with the population standard deviation of the group (GRPO, arXiv 2402.03300, leaves
+    the correction open); `none`: r − mean (Dr. GRPO, arXiv 2503.20783). A failed rollout (NaN) stays out of the
+    group's statistics and gets advantage 0.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    failed = np.isnan(rewards)
+    count = np.maximum((~failed).sum(axis=1, keepdims=True), 1)
+    values = np.where(failed, 0.0, rewards)
+    centred = np.where(failed, 0.0, rewards - values.sum(axis=1, keepdims=True) / count)
+    if scale == "none":
+        return centred
+    return centred / (np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / count) + eps)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What one completion says about a moved policy; sums over its sampled tokens."""
+
+    kl_k1: float
+    """Σ −log ρ, nat."""
+    kl_k3: float
+    """Σ (ρ − 1 − log ρ), nat."""
+    surrogate: float
+    """Σ min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A)."""
+    clip_fraction: float
+    """Share of tokens where the clip binds; 0 without tokens."""
+
+
+def token_scores(moved: np.ndarray, checkpoint: np.ndarray, advantage: float, low: float, high: float) -> TokenScores:
+    """Estimators from the log-probabilities of one checkpoint completion under both policies (1-D, nat).
+
+    ρ = π_moved / π_checkpoint. k1 and k3: Schulman 2020; the surrogate: GRPO's clipped objective (arXiv 2402.03300
+    eq. 3 without its KL term).
+    """
+    log_ratio = np.asarray(moved, dtype=np.float64) - np.asarray(checkpoint, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        ratio = np.exp(log_ratio)
+    plain, clipped = ratio * advantage, np.clip(ratio, 1.0 - low, 1.0 + high) * advantage
+    return TokenScores(
+        kl_k1=float(-log_ratio.sum()),
+        kl_k3=float((ratio - 1.0 - log_ratio).sum()),
+        surrogate=float(np.minimum(plain, clipped).sum()),
+        clip_fraction=float(np.mean(clipped < plain)) if len(ratio) else 0.0,
+    )
+
+
+@dataclass
+class BaseBatch:
+    """The checkpoint's own completions, with everything a moved policy is compared to."""
+
+    reward: np.ndarray
+    """float64 (prompt, rollout); NaN where the rollout failed."""
+    status: np.ndarray
+    """int8 (prompt, rollout)."""
+    advantage: np.ndarray
+    """float64 (prompt, rollout)."""
+    segments: list[list[list[Segment]]]
+    """[prompt][rollout] → token sequences."""
+    logprobs: list[list[np.ndarray]]
+    """[prompt][rollout] → log π_checkpoint of its sampled tokens, re-scored at the origin, nat."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 (prompt, rollout): sampled tokens."""
+        return np.array([[len(cell) for cell in row] for row in self.logprobs], dtype=np.int32)
+
+    def to_dataset(self) -> xr.Dataset:
+        """Everything, tokens included, as a dataset that `from_dataset` reads back bit for bit."""
+        cells = [(p, r) for p in range(self.reward.shape[0]) for r in range(self.reward.shape[1])]
+        flat = [(p, r, segment) for p, r in cells for segment in self.segments[p][r]]
+        sampled = np.array([[_sum(part.logprobs for part in cell) for cell in row] for row in self.segments])
+        rescored = np.array([[float(np.sum(cell, dtype=np.float64)) for cell in row] for row in self.logprobs])
+
+        def join(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+            return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+        return xr.Dataset(
+            {
+                "base_reward": (DIMS, self.reward),
+                "base_status": (DIMS, self.status),
+                "base_advantage": (DIMS, self.advantage),
+                "base_tokens": (DIMS, self.tokens),
+                "base_logprob": (DIMS, rescored),
+                "base_sampled_logprob": (DIMS, sampled),
+                "segment_prompt": ("segment", np.array([p for p, _, _ in flat], np.int32)),
+                "segment_rollout": ("segment", np.array([r for _, r, _ in flat], np.int32)),
+                "segment_length": ("segment", np.array([len(s.tokens) for _, _, s in flat], np.int32)),
+                "token_id": ("token", join([s.tokens for _, _, s in flat], np.int32)),
+                "token_sampled": ("token", join([s.sampled for _, _, s in flat], np.int8)),
+                "sampled_logprob": ("sampled_token", join([s.logprobs for _, _, s in flat], np.float32)),
+                "rescored_logprob": (
+                    "sampled_token",
+                    join([self.logprobs[p][r] for p, r in cells if self.segments[p][r]], np.float32),
+                ),
+            }
+        )
+
+    @classmethod
+    def from_dataset(cls, data: xr.Dataset) -> BaseBatch:
+        """The inverse of `to_dataset`."""
+        prompts, rollouts = data.sizes["prompt"], data.sizes["rollout"]
+        segments: list[list[list[Segment]]] = [[[] for _ in range(rollouts)] for _ in range(prompts)]
+        logprobs: list[list[list[np.ndarray]]] = [[[] for _ in range(rollouts)] for _ in range(prompts)]
+        ids, flags = data["token_id"].values, data["token_sampled"].values.astype(bool)
+        drawn, rescored = data["sampled_logprob"].values, data["rescored_logprob"].values
+        token = sampled = 0
+        for p, r, length in zip(
+            data["segment_prompt"].values, data["segment_rollout"].values, data["segment_length"].values, strict=True
+        ):
+            mask = flags[token : token + length]
+            count = int(mask.sum())
+            segments[p][r].append(Segment(ids[token : token + length], mask, drawn[sampled : sampled + count]))
+            logprobs[p][r].append(rescored[sampled : sampled + count])
+            token, sampled = token + int(length), sampled + count
+        return cls(
+            data["base_reward"].values.astype(np.float64),
+            data["base_status"].values.astype(np.int8),
+            data["base_advantage"].values.astype(np.float64),
+            segments,
+            [[np.concatenate(cell) if cell else np.zeros(0, np.float32) for cell in row] for row in logprobs],
+        )
+
+
+def _sum(parts: Any) -> float:
+    return float(sum(float(np.sum(part, dtype=np.float64)) for part in parts))
+
+
+async def score_segments(client: LandscapeClient, segments: list[list[list[Segment]]]) -> list[list[np.ndarray]]:
+    """log π of every sampled token under the server's present weights: [prompt][rollout] → float32, nat."""
+    places = [(p, r, s) for p, row in enumerate(segments) for r, cell in enumerate(row) for s in range(len(cell))]
+    scored = await client.score([segments[p][r][s].tokens for p, r, s in places])
+    parts: list[list[list[np.ndarray]]] = [[[] for _ in row] for row in segments]
+    for (p, r, s), logprobs in zip(places, scored, strict=True):
+        # logprobs[t] belongs to token t + 1; the first token of a sequence is never sampled.
+        parts[p][r].append(logprobs[segments[p][r][s].sampled[1:]])
+    return [[np.concatenate(cell) if cell else np.zeros(0, np.float32) for cell in row] for row in parts]
+
+
+@dataclass
+class PointMeter:
+    """Measures points of one snapshot and slice on one server."""
+
+    client: LandscapeClient
+    runner: EpisodeRunner
+    tasks: Sequence[vf.Task]
+    rollouts: int
+    seed: int
+    surrogate: SurrogateConfig
+
+    async def base(self, progress: Callable[[], None]) -> BaseBatch:
+        """Sample and re-score the checkpoint's own batch; the server must stand at the origin."""
+        batch = await self._sample("base", progress)
+        reward = np.array([[cell.reward for cell in row] for row in batch], dtype=np.float64)
+        segments = [[cell.segments for cell in row] for row in batch]
+        return BaseBatch(
+            reward,
+            np.array([[cell.status for cell in row] for row in batch], dtype=np.int8),
+            group_advantages(reward, self.surrogate.advantage_scale, self.surrogate.advantage_eps),
+            segments,
+            await score_segments(self.client, segments),
+        )
+
+    async def point(
+        self, base: BaseBatch, alpha: float, beta: float, progress: Callable[[], None]
+    ) -> tuple[xr.Dataset, list[list[Rollout]]]:
+        """Move to (α, β), roll out and score. The dataset has dims (prompt, rollout) and per-point scalars.
+
+        At the origin the scores are those of the base batch, so that ρ = 1 holds there exactly.
+        """
+        clock = [time.perf_counter()]
+        move = await self.client.move(alpha, beta)
+        clock.append(time.perf_counter())
+        batch = await self._sample("fresh", progress)
+        clock.append(time.perf_counter())
+        origin = alpha == 0 and beta == 0
+        scored = base.logprobs if origin else await score_segments(self.client, base.segments)
+        clock.append(time.perf_counter())
+        data = self._arrays(base, batch, scored)
+        for name, seconds in zip(("seconds_move", "seconds_sample", "seconds_score"), np.diff(clock), strict=True):
+            data[name] = ((), float(seconds))
+        data["realised_step"] = ((), move.realised_step)
+        data.attrs["weight_version"] = move.version
+        return data, batch
+
+    async def _sample(self, stream: str, progress: Callable[[], None]) -> list[list[Rollout]]:
+        def seed(prompt: int, rollout: int, turn: int) -> int:
+            return sampling_seed(self.seed, stream, prompt, rollout, turn)
+
+        return await self.runner.batch(self.tasks, self.rollouts, seed, progress)
+
+    def _arrays(self, base: BaseBatch, batch: list[list[Rollout]], scored: list[list[np.ndarray]]) -> xr.Dataset:
+        low, high = self.surrogate.clip_low, self.surrogate.clip_high
+        shape = base.reward.shape
+        names = ("kl_k1", "kl_k3", "surrogate", "clip_fraction")
+        scores = {name: np.full(shape, np.nan) for name in names}
+        for cell in np.ndindex(shape):
+            if base.status[cell] != ERROR:
+                p, r = cell
+                result = token_scores(scored[p][r], base.logprobs[p][r], float(base.advantage[cell]), low, high)
+                for name in names:
+                    scores[name][cell] = getattr(result, name)
+
+        def fresh(value: Callable[[Rollout], float], dtype: Any) -> tuple[tuple[str, str], np.ndarray]:
+            return DIMS, np.array([[value(cell) for cell in row] for row in batch], dtype=dtype)
+
+        data = {
+            **{name: (DIMS, values) for name, values in scores.items()},
+            "reward": fresh(lambda cell: cell.reward, np.float64),
+            "status": fresh(lambda cell: cell.status, np.int8),
+            "truncated": fresh(lambda cell: cell.status == 1, np.int8),
+            "completion_tokens": fresh(lambda cell: cell.completion_tokens, np.int32),
+            "entropy": fresh(_mean_surprisal, np.float64),
+        }
+        if all(cell.format_failure is not None for row in batch for cell in row):
+            data["format_failure"] = fresh(lambda cell: cell.format_failure or 0.0, np.float64)
+        return xr.Dataset(data)
+
+
+def _mean_surprisal(rollout: Rollout) -> float:
+    logprobs = rollout.sampled_logprobs
+    return float(-np.mean(logprobs, dtype=np.float64)) if len(logprobs) else float("nan")
+
+
+async def rescored_dataset(client: LandscapeClient, base: BaseBatch) -> xr.Dataset:
+    """The base batch scored once more: how far two looks at the same weights differ, per completion.
+
+    `recheck_logprob`: Σ log π, nat. `recheck_max_difference`: the largest |difference| of one token's log π, nat.
+    """
+    again = await score_segments(client, base.segments)
+    pairs = [list(zip(*rows, strict=True)) for rows in zip(again, base.logprobs, strict=True)]
+    return xr.Dataset(
+        {
+            "recheck_logprob": (DIMS, np.array([[float(np.sum(new, dtype=np.float64)) for new, _ in r] for r in pairs])),
+            "recheck_max_difference": (
+                DIMS,
+                np.array([[float(np.max(np.abs(new - old), initial=0.0)) for new, old in r] for r in pairs]),
+            ),
+        }
+    )

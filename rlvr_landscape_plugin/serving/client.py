@@ -1,0 +1,228 @@
+"""The async client of one landscape server.
+
+Requests that become ready within a few milliseconds travel in one POST and come back as one stream, so that the HTTP
+cost of a turn is a fraction of a millisecond on either side. Imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.serving.protocol import (
+    PROTOCOL,
+    GenerateCall,
+    GenerateItem,
+    Sampling,
+    ScoreCall,
+    pack,
+    unpack_ids,
+    unpack_logprobs,
+)
+
+FLUSH_SECONDS = 0.003
+"""How long a turn waits for others that become ready with it."""
+MAX_BATCH = 256
+"""Turns (or sequences) in one POST."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the server sampled for one turn."""
+
+    tokens: np.ndarray
+    """int32, with the stop token if there was one."""
+    logprobs: np.ndarray
+    """float32, nat, as the sampler saw them."""
+    finish: str
+    """`stop` or `length`."""
+
+
+@dataclass(frozen=True)
+class MoveResult:
+    """Answer to a move."""
+
+    version: str
+    """Name of the weights now held; pass it on so that stale weights are refused."""
+    realised_step: float
+    """‖θ(α,β) − θ‖ / ‖θ‖ after rounding to the server's dtype, dimensionless."""
+    seconds: dict[str, float]
+    """pause, write, reset, resume."""
+
+
+class LandscapeClient:
+    """Talks to one server; use as an async context manager.
+
+    Every method raises `ServerError` with the address and the server's own words.
+    """
+
+    def __init__(self, url: str, token: str, *, timeout: float = 600.0, sampling: Sampling | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.version: str | None = None
+        """Weight version of the last move; sampling and scoring insist on it."""
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=timeout)
+        self._sampling = sampling or Sampling()
+        self._session: aiohttp.ClientSession | None = None
+        self._queue: list[tuple[GenerateItem, asyncio.Future[Completion]]] = []
+        self._flush: asyncio.TimerHandle | None = None
+        self._posts: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            headers=self._headers,
+            timeout=self._timeout,
+            connector=aiohttp.TCPConnector(limit=0),
+            read_bufsize=2**20,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in list(self._posts):
+            task.cancel()
+        await asyncio.gather(*self._posts, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    @contextlib.asynccontextmanager
+    async def _request(self, method: str, route: str, body: bytes | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            raise RuntimeError("LandscapeClient is used outside `async with`")
+        try:
+            async with self._session.request(
+                method, self.url + route, data=body, headers={"Content-Type": "application/json"}
+            ) as response:
+                if response.status != 200:
+                    raise ServerError(f"{self.url}{route}: {await _words(response)}")
+                yield response
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            kind = "no answer in time" if isinstance(error, TimeoutError) else (str(error) or type(error).__name__)
+            raise ServerError(f"{self.url}{route}: connection failed: {kind}; is the server still running?") from error
+
+    async def _json(self, method: str, route: str, body: Any = None) -> dict[str, Any]:
+        encoded = None if body is None else json.dumps(body).encode()
+        async with self._request(method, route, encoded) as response:
+            return msgspec.json.decode(await response.read())
+
+    async def info(self) -> dict[str, Any]:
+        """Facts of the server; raises unless plugin and protocol are those of this client."""
+        facts = await self._json("GET", "/landscape/info")
+        if facts.get("protocol") != PROTOCOL:
+            raise ServerError(
+                f"{self.url} speaks landscape protocol {facts.get('protocol')}, this client {PROTOCOL}; "
+                "install the same rlvr-landscape on both sides"
+            )
+        return facts
+
+    async def checksums(self) -> list[dict[str, str]]:
+        """SHA-256 per parameter in kernel layout, one dict per worker."""
+        return (await self._json("GET", "/landscape/checksums"))["workers"]
+
+    async def load(self, snapshot: str, slice_: dict[str, Any]) -> dict[str, Any]:
+        """Hand the server a snapshot directory (its own file system) and a slice; move before sampling."""
+        self.version = None
+        return await self._json("POST", "/landscape/load", {"snapshot": snapshot, "slice": slice_})
+
+    async def move(self, alpha: float, beta: float) -> MoveResult:
+        """Set the weights to θ + α δ + β η and empty every cache. Atomic: see endpoint.py for what a failure leaves."""
+        self.version = None
+        answer = await self._json("POST", "/landscape/move", {"alpha": alpha, "beta": beta})
+        self.version = answer["version"]
+        return MoveResult(answer["version"], answer["realised_step"], answer["seconds"])
+
+    async def generate(self, prompt: Sequence[int] | np.ndarray, seed: int, max_tokens: int) -> Completion:
+        """Sample one turn after the token ids `prompt`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Completion] = loop.create_future()
+        item = GenerateItem(pack(np.asarray(prompt, dtype="<i4")), seed, max_tokens)
+        self._queue.append((item, future))
+        if len(self._queue) >= MAX_BATCH:
+            self._send_queue()
+        elif self._flush is None:
+            self._flush = loop.call_later(FLUSH_SECONDS, self._send_queue)
+        return await future
+
+    def _send_queue(self) -> None:
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        batch, self._queue = self._queue, []
+        if batch:
+            task = asyncio.get_running_loop().create_task(self._post_batch(batch))
+            self._posts.add(task)
+            task.add_done_callback(self._posts.discard)
+
+    async def _post_batch(self, batch: list[tuple[GenerateItem, asyncio.Future[Completion]]]) -> None:
+        call = GenerateCall([item for item, _ in batch], self._sampling, self.version)
+        try:
+            async for index, answer in self._lines("/landscape/generate", call):
+                future = batch[index][1]
+                if future.done():
+                    continue
+                if "error" in answer:
+                    future.set_exception(ServerError(f"{self.url}: {answer['error']}"))
+                else:
+                    future.set_result(
+                        Completion(
+                            unpack_ids(answer["tokens"]), unpack_logprobs(answer["logprobs"]), answer["finish"]
+                        )
+                    )
+        except ServerError as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(ServerError(f"{self.url} closed the stream before every turn was answered"))
+
+    async def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """log π(token t | tokens before) for t = 1 … of each sequence: float32, length len(sequence) − 1, in nat.
+
+        One teacher-forced pass at temperature 1 through the weights of the last move.
+        """
+        results: list[np.ndarray | None] = [None] * len(sequences)
+
+        async def post(start: int) -> None:
+            part = sequences[start : start + MAX_BATCH]
+            call = ScoreCall([pack(np.asarray(ids, dtype="<i4")) for ids in part], self.version)
+            async for index, answer in self._lines("/landscape/score", call):
+                if "error" in answer:
+                    raise ServerError(f"{self.url}: {answer['error']}")
+                results[start + index] = unpack_logprobs(answer["logprobs"])
+
+        async with asyncio.TaskGroup() as group:
+            for start in range(0, len(sequences), MAX_BATCH):
+                group.create_task(post(start))
+        whole = [result for result in results if result is not None]
+        if len(whole) != len(sequences):
+            raise ServerError(f"{self.url} closed the stream before every sequence was scored")
+        return whole
+
+    async def _lines(self, route: str, call: msgspec.Struct) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+        decode = msgspec.json.Decoder().decode
+        async with self._request("POST", route, msgspec.json.encode(call)) as response:
+            async for line in response.content:
+                answer = decode(line)
+                yield answer["i"], answer
+
+
+async def _words(response: aiohttp.ClientResponse) -> str:
+    text = (await response.read()).decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text)["detail"])
+    if response.status == 404:
+        return (
+            "no such route (404); start the server with the plugin: VLLM_PLUGINS=rlvr_landscape "
+            "and --weight-transfer-config '{\"backend\":\"landscape\"}'"
+        )
+    return f"{text} (HTTP {response.status})"

@@ -1,0 +1,356 @@
+"""The `/landscape/*` routes of a vLLM server, as a `vllm.endpoint_plugins` entry point.
+
+    GET  /landscape/info        what this server is and where its weights stand
+    GET  /landscape/checksums   SHA-256 of every parameter in kernel layout, one dict per worker
+    POST /landscape/load        {snapshot, slice}             take a snapshot and a slice in
+    POST /landscape/move        {alpha, beta}                 pause · write · empty the caches · resume
+    POST /landscape/generate    {requests, sampling, version} sample; one JSON line per finished request
+    POST /landscape/score       {sequences, version}          log π of given tokens; one JSON line per sequence
+
+Weights are in one of four states: `unknown` (whatever the server was started with), `clean` (at the coordinates that
+`version` names), `moving`, and `dirty` (a move failed half-way and could not be undone). Sampling and scoring are
+refused unless the state is `clean` and, where the caller names a version, unless it is the version held. A dirty server
+stays paused, so that vLLM's own routes do not answer from a mixture either; a successful move cleans it.
+
+Every route wants the bearer token of the environment variable RLVR_LANDSCAPE_TOKEN; without that variable all are
+refused. Snapshots are read only below the directories named in RLVR_LANDSCAPE_ROOTS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+import uuid
+from argparse import Namespace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from rlvr_landscape_plugin.serving.protocol import (
+    MAX_BODY_BYTES,
+    PROTOCOL,
+    ROOTS_VARIABLE,
+    TOKEN_VARIABLE,
+    GenerateCall,
+    LoadCall,
+    MoveCall,
+    ScoreCall,
+    pack,
+    unpack_ids,
+)
+
+logger = logging.getLogger("vllm.rlvr_landscape")
+
+
+class LandscapeEndpoint:
+    """What vLLM instantiates; one per API server process."""
+
+    name = "rlvr_landscape"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._facts: dict[str, Any] = {}
+        self._state = "unknown"
+        self._loaded: dict[str, Any] | None = None
+        self._at: tuple[float, float] | None = None
+        self._version = "unknown"
+        self._moves = 0
+        self._lock = asyncio.Lock()
+        self._stop_ids: list[int] = []
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; vLLM calls this once."""
+        for path, method, handler in (
+            ("/landscape/info", "GET", self._info),
+            ("/landscape/checksums", "GET", self._checksums),
+            ("/landscape/load", "POST", self._load),
+            ("/landscape/move", "POST", self._move),
+            ("/landscape/generate", "POST", self._generate),
+            ("/landscape/score", "POST", self._score),
+        ):
+            app.add_api_route(path, self._guarded(handler), methods=[method], include_in_schema=False)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Remember the engine and the facts that datasets record."""
+        if engine_client is None:
+            return
+        import torch
+        import vllm
+
+        self._engine = engine_client
+        config = engine_client.vllm_config
+        transfer = config.weight_transfer_config
+        model = config.model_config
+        self._facts = {
+            "protocol": PROTOCOL,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "model": str(model.model),
+            "served_model_name": str(model.served_model_name),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(config.device_config.device_type),
+            "max_model_len": int(model.max_model_len),
+            "vocab_size": int(model.get_vocab_size()),
+            "tensor_parallel_size": int(config.parallel_config.tensor_parallel_size),
+            "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+            "backend": getattr(transfer, "backend", None),
+        }
+
+    def _guarded(self, handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
+        async def route(request: Request) -> Any:
+            token = os.environ.get(TOKEN_VARIABLE, "")
+            if not token:
+                raise HTTPException(503, f"set {TOKEN_VARIABLE} in the server's environment to use /landscape routes")
+            given = request.headers.get("authorization", "").encode()
+            if not hmac.compare_digest(given, f"Bearer {token}".encode()):
+                raise HTTPException(401, f"wrong or missing bearer token; it must equal the server's {TOKEN_VARIABLE}")
+            if self._engine is None:
+                raise HTTPException(503, "this server has no engine")
+            if self._facts["backend"] != "landscape":
+                raise HTTPException(
+                    503,
+                    "the server was started without --weight-transfer-config '{\"backend\":\"landscape\"}' "
+                    f"(its backend is {self._facts['backend']!r})",
+                )
+            return await handler(request)
+
+        return route
+
+    async def _info(self, request: Request) -> JSONResponse:
+        return JSONResponse({**self._facts, **self._standing()})
+
+    async def _checksums(self, request: Request) -> JSONResponse:
+        async with self._lock:
+            return JSONResponse({"version": self._version, "workers": await self._engine.compute_weight_checksums()})
+
+    def _standing(self) -> dict[str, Any]:
+        return {"state": self._state, "version": self._version, "at": self._at, "loaded": self._loaded}
+
+    async def _load(self, request: Request) -> JSONResponse:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        call = await _body(request, LoadCall)
+        path = _confined(call.snapshot)
+        async with self._lock:
+            reports = await self._with_reports(
+                lambda folder: self._engine.init_weight_transfer_engine(
+                    WeightTransferInitRequest({"snapshot": str(path), "slice": call.slice, "report": folder})
+                )
+            )
+            if error := _first_error(reports):
+                raise HTTPException(422, error)
+            before = self._loaded
+            self._loaded = {"snapshot": str(path), "slice": call.slice, **reports[0]}
+            if before is None or before["snapshot_sha256"] != self._loaded["snapshot_sha256"] or self._at != (0.0, 0.0):
+                if self._state == "clean":
+                    self._state = "unknown"
+                self._at = None
+            return JSONResponse({**self._loaded, **self._standing()})
+
+    async def _move(self, request: Request) -> JSONResponse:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        call = await _body(request, MoveCall)
+        if not (math.isfinite(call.alpha) and math.isfinite(call.beta)):
+            raise HTTPException(422, f"alpha and beta must be finite, got {call.alpha} and {call.beta}")
+        async with self._lock:
+            loaded = self._loaded
+            if loaded is None:
+                raise HTTPException(409, "no snapshot is loaded; POST /landscape/load first")
+            clock = [time.perf_counter()]
+            before = (self._state, self._at)
+            self._state = "moving"
+            try:
+                await self._engine.pause_generation(mode="wait", clear_cache=False)
+                clock.append(time.perf_counter())
+                await self._engine.start_weight_update()
+                reports = await self._with_reports(
+                    lambda folder: self._engine.update_weights(
+                        WeightTransferUpdateRequest({"alpha": call.alpha, "beta": call.beta, "report": folder})
+                    )
+                )
+                clock.append(time.perf_counter())
+                self._moves += 1
+                # Any failure below leaves "moving" behind, which the except turns into "dirty".
+                outcomes = {report["weights"] for report in reports}
+                failed = _first_error(reports)
+                if failed and outcomes - {"restored", "unchanged"}:
+                    raise RuntimeError(failed)
+                at = before[1] if failed else (call.alpha, call.beta)
+                version = f"{loaded['snapshot_sha256'][:12]}/{loaded['slice'].get('seed')}/{at}/{uuid.uuid4().hex[:8]}"
+                await self._engine.finish_weight_update(version)
+                if not await self._engine.reset_prefix_cache():
+                    raise RuntimeError("vLLM did not empty its prefix cache (requests still hold blocks)")
+                clock.append(time.perf_counter())
+                await self._engine.resume_generation()
+            except Exception as error:  # whatever failed, weights or caches may be of two policies
+                self._state, self._at, self._version = "dirty", None, "dirty"
+                logger.exception("landscape move to (%s, %s) failed", call.alpha, call.beta)
+                raise HTTPException(
+                    500,
+                    f"the move to ({call.alpha}, {call.beta}) failed and the weights are dirty: {error}; the server stays "
+                    "paused until a move succeeds, else restart it",
+                ) from error
+            self._version, self._at = version, at
+            self._state = before[0] if failed and before[1] is None else "clean"
+            if failed:
+                raise HTTPException(500, f"the move failed, the weights are those of before: {failed}")
+            clock.append(time.perf_counter())
+            seconds = dict(zip(("pause", "write", "reset", "resume"), np.diff(clock).tolist(), strict=True))
+            return JSONResponse(
+                {**self._standing(), "realised_step": reports[0]["realised_step"], "seconds": seconds}
+            )
+
+    async def _with_reports(self, call: Callable[[str], Awaitable[Any]]) -> list[dict[str, Any]]:
+        with tempfile.TemporaryDirectory(prefix="rlvr-landscape-") as folder:
+            await call(folder)
+            reports = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
+        if not reports:
+            raise RuntimeError("no worker left a report; workers on other machines are not supported yet")
+        return reports
+
+    def _require(self, version: str | None) -> None:
+        if self._state != "clean":
+            raise HTTPException(409, f"the server's weights are {self._state}: POST /landscape/load, then /landscape/move")
+        if version is not None and version != self._version:
+            raise HTTPException(409, f"stale weight version: asked for {version}, the server holds {self._version}")
+
+    async def _generate(self, request: Request) -> StreamingResponse:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        call = await _body(request, GenerateCall)
+        self._require(call.version)
+        version = self._version
+
+        async def one(index: int) -> dict[str, Any]:
+            item = call.requests[index]
+            params = SamplingParams(
+                temperature=call.sampling.temperature,
+                top_p=call.sampling.top_p,
+                max_tokens=item.max_tokens,
+                seed=item.seed,
+                stop_token_ids=call.sampling.stop_token_ids or None,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            output = await self._last(unpack_ids(item.prompt).tolist(), params)
+            completion = output.outputs[0]
+            tokens = np.asarray(completion.token_ids, dtype=np.int32)
+            spans = getattr(completion, "weight_versions", None) or ()
+            if any(span.version != version for span in spans) or version != self._version:
+                raise RuntimeError("the weights changed while this completion was sampled")
+            logprobs = _flat(completion.logprobs, tokens)
+            return {"tokens": pack(tokens), "logprobs": pack(logprobs), "finish": completion.finish_reason}
+
+        return self._stream(len(call.requests), one)
+
+    async def _score(self, request: Request) -> StreamingResponse:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        call = await _body(request, ScoreCall)
+        self._require(call.version)
+        version = self._version
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+        async def one(index: int) -> dict[str, Any]:
+            tokens = unpack_ids(call.sequences[index])
+            output = await self._last(tokens.tolist(), params)
+            if version != self._version:
+                raise RuntimeError("the weights changed while this sequence was scored")
+            return {"logprobs": pack(_flat(output.prompt_logprobs, tokens, first=1))}
+
+        return self._stream(len(call.sequences), one)
+
+    async def _last(self, prompt: list[int], params: Any) -> Any:
+        output = None
+        stream = self._engine.generate({"prompt_token_ids": prompt}, params, f"landscape-{uuid.uuid4().hex}")
+        async for output in stream:  # noqa: B007 - the last one is the whole one
+            pass
+        if output is None or not output.finished:
+            raise RuntimeError("the engine ended a request without finishing it")
+        return output
+
+    def _stream(self, count: int, one: Callable[[int], Awaitable[dict[str, Any]]]) -> StreamingResponse:
+        encoder = msgspec.json.Encoder()
+
+        async def line(index: int) -> bytes:
+            try:
+                result = await one(index)
+            except Exception as error:  # one bad request must not take its neighbours down
+                result = {"error": f"{type(error).__name__}: {error}"}
+            return encoder.encode({"i": index, **result}) + b"\n"
+
+        async def lines() -> AsyncIterator[bytes]:
+            tasks = [asyncio.ensure_future(line(index)) for index in range(count)]
+            try:
+                pending: set[asyncio.Future[bytes]] = set(tasks)
+                while pending:
+                    done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                    yield b"".join(task.result() for task in done)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+async def _body(request: Request, kind: type[Any]) -> Any:
+    with contextlib.suppress(ValueError):
+        if int(request.headers.get("content-length", "0")) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"a request body may have at most {MAX_BODY_BYTES} bytes")
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise HTTPException(413, f"a request body may have at most {MAX_BODY_BYTES} bytes")
+        chunks.append(chunk)
+    try:
+        return msgspec.json.decode(b"".join(chunks), type=kind)
+    except msgspec.MsgspecError as error:
+        raise HTTPException(422, f"bad request body: {error}") from error
+
+
+def _confined(snapshot: str) -> Path:
+    roots = [Path(root).resolve() for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
+    if not roots:
+        raise HTTPException(503, f"set {ROOTS_VARIABLE} to the directories this server may read snapshots from")
+    path = Path(snapshot).resolve()
+    if not any(path.is_relative_to(root) for root in roots):
+        raise HTTPException(403, f"snapshot {snapshot} is outside the server's {ROOTS_VARIABLE}")
+    return path
+
+
+def _first_error(reports: list[dict[str, Any]]) -> str | None:
+    return next((report["error"] for report in reports if "error" in report), None)
+
+
+def _flat(logprobs: Any, tokens: np.ndarray, first: int = 0) -> np.ndarray:
+    """log π of `tokens[first:]` out of vLLM's flat logprobs, float32, shape (len(tokens) - first,)."""
+    if logprobs is None or len(logprobs) != len(tokens):
+        raise RuntimeError(f"vLLM returned {0 if logprobs is None else len(logprobs)} logprobs for {len(tokens)} tokens")
+    starts = np.asarray(logprobs.start_indices[first:], dtype=np.int64)
+    if not np.array_equal(np.asarray(logprobs.token_ids, dtype=np.int64)[starts], tokens[first:]):
+        raise RuntimeError("vLLM returned logprobs of other tokens than those asked for")
+    return np.asarray(logprobs.logprobs, dtype=np.float32)[starts]

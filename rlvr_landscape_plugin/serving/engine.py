@@ -1,0 +1,250 @@
+"""Weight moves inside a vLLM worker, as a `WeightTransferEngine` named `landscape`.
+
+The engine holds the pristine snapshot and both directions under their checkpoint names and writes
+`pristine + α δ + β η`, computed in float32 and cast once, through the model's own loader inside vLLM's layerwise
+reload: the one path that knows every fused projection, tensor-parallel shard and packed kernel layout, and that writes
+in place (captured graphs keep their pointers). It never adds to what is already there, so nothing drifts and (0, 0) is
+the snapshot bit for bit.
+
+vLLM's worker calls return nothing to the front end, so each call leaves a small JSON report in a directory that the
+endpoint created and named in the request.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from rlvr_landscape_plugin.directions import AXES, SliceSpec, fingerprint, global_scales, scaled_direction
+from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
+
+BACKEND = "landscape"
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; safe to call any number of times in one process."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    try:
+        WeightTransferEngineFactory.register_engine(BACKEND, __name__, "LandscapeEngine")
+    except ValueError as error:
+        if "already registered" not in str(error):
+            raise
+
+
+@dataclass
+class LoadRequest(WeightTransferInitInfo):
+    """Take a snapshot and a slice in; the weights of the server do not change yet."""
+
+    snapshot: str
+    slice: dict[str, Any]
+    report: str
+    """Directory for this call's reports, one `rank<N>.json` per worker."""
+
+
+@dataclass
+class MoveRequest(WeightTransferUpdateInfo):
+    """Write θ + α δ + β η."""
+
+    alpha: float
+    beta: float
+    report: str
+
+
+@dataclass
+class MoveStats:
+    """Sums of one move over all tensors, float64."""
+
+    changed: float = 0.0
+    """Σ (rounded(α, β) − rounded(0, 0))² after rounding to the server's dtype."""
+    theta: float = 0.0
+    """Σ θ²."""
+
+    @property
+    def realised_step(self) -> float:
+        """‖θ(α,β) − θ‖ / ‖θ‖ as the server really holds it, dimensionless."""
+        return math.sqrt(self.changed / self.theta) if self.theta else 0.0
+
+
+def _load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """Every tensor as stored, on the CPU; refuses NaN and infinity, naming file and tensor."""
+    from safetensors import safe_open
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in snapshot.files:
+        with safe_open(str(file), framework="pt", device="cpu") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                tensor = handle.get_tensor(name)
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{file}: tensor {name!r} holds NaN or infinity; this snapshot cannot be measured")
+                tensors[name] = tensor
+    return tensors
+
+
+@dataclass
+class Slice:
+    """A snapshot with its two directions, as tensors under checkpoint names. Knows nothing of vLLM."""
+
+    spec: SliceSpec
+    theta: dict[str, torch.Tensor]
+    """Pristine weights in the stored dtype."""
+    directions: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """(δ, η), float32; tensors that stand still are left out."""
+
+    @classmethod
+    def build(cls, theta: dict[str, torch.Tensor], spec: SliceSpec, device: torch.device) -> Slice:
+        """Draw and scale the directions. `theta` (CPU tensors) is moved to `device` together with them."""
+
+        def weight(name: str) -> Any:
+            return theta[name].to(torch.float32).numpy()
+
+        scales = global_scales(spec, theta, weight)
+        directions = {}
+        for name in theta:
+            if spec.moves(name):
+                values = weight(name)
+                pair = (torch.from_numpy(scaled_direction(spec, axis, name, values, scales[axis])) for axis in AXES)
+                delta, eta = (tensor.to(device) for tensor in pair)
+                directions[name] = (delta, eta)
+        return cls(spec, {name: tensor.to(device) for name, tensor in theta.items()}, directions)
+
+    def at(self, alpha: float, beta: float, dtype: torch.dtype, stats: MoveStats) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, θ + α δ + β η) in `dtype`, one tensor at a time, adding to `stats` on the way."""
+        still = alpha == 0 and beta == 0
+        for name, theta in self.theta.items():
+            origin = theta.to(dtype)
+            stats.theta += float(torch.sum(theta.to(torch.float32).square(), dtype=torch.float64))
+            if still or name not in self.directions:
+                yield name, origin
+                continue
+            delta, eta = self.directions[name]
+            moved = theta.to(torch.float32, copy=True).add_(delta, alpha=alpha).add_(eta, alpha=beta).to(dtype)
+            change = moved.to(torch.float32) - origin.to(torch.float32)
+            stats.changed += float(torch.sum(change.square_(), dtype=torch.float64))
+            yield name, moved
+
+
+@dataclass
+class _State:
+    snapshot: Snapshot
+    slice: Slice
+    at: tuple[float, float] | None = None
+    """Coordinates of the weights in the model; None: the model holds something else."""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
+    """One per worker. `init_transfer_engine` takes a slice in, `update_weights` moves."""
+
+    init_info_cls = LoadRequest
+    update_info_cls = MoveRequest
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._state: _State | None = None
+
+    def init_transfer_engine(self, init_info: LoadRequest) -> None:
+        """Read, check and scale; on any error the slice held before stays in force and the report says what failed."""
+        started = time.perf_counter()
+        try:
+            snapshot = open_snapshot(init_info.snapshot)
+            served = open_snapshot(self.model_config.model)
+            compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
+            spec = SliceSpec(**init_info.slice)
+            previous = self._state
+            same_bytes = previous is not None and previous.snapshot.sha256 == snapshot.sha256
+            theta = _load_tensors(snapshot)
+            built = Slice.build(theta, spec, self._home(theta))
+        except (ValueError, OSError, TypeError) as error:
+            self._report(init_info.report, {"error": str(error)})
+            return
+        at = previous.at if previous is not None and same_bytes and previous.at == (0.0, 0.0) else None
+        facts = {
+            "snapshot_sha256": snapshot.sha256,
+            "directions_fingerprint": fingerprint(spec, snapshot.shapes),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "parameters": sum(math.prod(shape) for shape in snapshot.shapes.values()),
+            "moving_parameters": sum(delta.numel() for delta, _ in built.directions.values()),
+            "seconds": time.perf_counter() - started,
+        }
+        self._state = _State(snapshot, built, at, facts)
+        self._report(init_info.report, facts)
+
+    def _home(self, theta: dict[str, torch.Tensor]) -> torch.device:
+        """The worker's device if three float32 copies fit into what is free there, else the host's memory."""
+        if self.device.type != "cuda":
+            return torch.device("cpu")
+        need = 3 * 4 * sum(tensor.numel() for tensor in theta.values())
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return self.device if need < 0.9 * free else torch.device("cpu")
+
+    def start_weight_update(self) -> None:
+        """Nothing to prepare: a move is whole within `receive_weights`."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing to finish."""
+
+    def receive_weights(self, update_info: MoveRequest) -> None:
+        """Move. If writing fails half-way, go back to the coordinates before; the report says which it was."""
+        started = time.perf_counter()
+        state = self._state
+        if state is None:
+            self._report(update_info.report, {"error": "no snapshot is loaded on this worker", "weights": "unchanged"})
+            return
+        before = state.at
+        state.at = None
+        try:
+            stats = self._write(state.slice, update_info.alpha, update_info.beta)
+        except Exception as error:  # a mixture of two policies must be repaired or declared, whatever raised
+            outcome = {"error": f"{type(error).__name__}: {error}", "weights": "dirty"}
+            if before is not None:
+                try:
+                    self._write(state.slice, *before)
+                    state.at = before
+                    outcome["weights"] = "restored"
+                except Exception as second:
+                    outcome["error"] += f"; going back failed too: {type(second).__name__}: {second}"
+            self._report(update_info.report, outcome)
+            return
+        state.at = (update_info.alpha, update_info.beta)
+        self._report(
+            update_info.report,
+            {"realised_step": stats.realised_step, "weights": "moved", "seconds": time.perf_counter() - started},
+        )
+
+    def _write(self, slice_: Slice, alpha: float, beta: float) -> MoveStats:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        stats = MoveStats()
+        initialize_layerwise_reload(self.model)
+        try:
+            tensors = slice_.at(alpha, beta, self.model_config.dtype, stats)
+            self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors)
+        finally:
+            finalize_layerwise_reload(self.model, self.model_config)
+        return stats
+
+    def _report(self, directory: str, content: dict[str, Any]) -> None:
+        path = Path(directory) / f"rank{self.parallel_config.rank}.json"
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(content))
+        os.replace(scratch, path)
+
+    def shutdown(self) -> None:
+        """Forget slice and snapshot; the model keeps the weights it has."""
+        self._state = None

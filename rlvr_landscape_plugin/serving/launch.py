@@ -1,0 +1,172 @@
+"""Start and stop a local vLLM server with the landscape plugin; one code path for CPU and GPU.
+
+The server is a process group of its own, bound to loopback, with a fresh token unless one is given. It is ended by
+process id when the context closes, also after an error or Ctrl-C. Imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from rlvr_landscape_plugin.config import ServerConfig
+from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.serving.protocol import ROOTS_VARIABLE, TOKEN_VARIABLE
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A server that answers its health check."""
+
+    url: str
+    token: str
+    pid: int
+    log: Path
+
+
+def free_port() -> int:
+    """A TCP port that was free on loopback a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _port_in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return True
+    return False
+
+
+def resolve_device(config: ServerConfig) -> str:
+    """`cpu` or `cuda`; `auto` means cuda where an NVIDIA driver answers."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if shutil.which("nvidia-smi") and Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def command(config: ServerConfig, model: Path, port: int) -> list[str]:
+    """The command line of the server; `model` is also what it serves first."""
+    device = resolve_device(config)
+    dtype = config.dtype
+    if dtype == "auto" and device == "cpu":
+        dtype = "float32"  # bfloat16 is several times slower on CPUs without AVX-512
+    arguments = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--served-model-name", "policy", "--host", HOST, "--port", str(port)),
+        *("--dtype", dtype, "--max-model-len", str(config.max_model_len)),
+        *("--max-num-seqs", str(config.max_num_seqs)),
+        *("--max-num-batched-tokens", str(config.max_num_batched_tokens)),
+        *("--tensor-parallel-size", str(config.tensor_parallel_size)),
+        *("--weight-transfer-config", json.dumps({"backend": "landscape"})),
+        "--enable-prefix-caching" if config.enable_prefix_caching else "--no-enable-prefix-caching",
+        *("--uvicorn-log-level", "warning"),
+    ]
+    if device == "cpu":
+        # A chunked prefill of a seeded request ends the engine on CPU (FINDINGS in docs/design.md).
+        arguments += ["--no-enable-chunked-prefill"]
+    else:
+        arguments += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
+    return [*arguments, *config.extra_args]
+
+
+def environment(config: ServerConfig, token: str, roots: Sequence[Path], port: int) -> dict[str, str]:
+    """The server's environment: plugins, token, snapshot roots, no network, development mode off."""
+    env = dict(os.environ)
+    plugins = [name for name in env.get("VLLM_PLUGINS", "").split(",") if name]
+    env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, "rlvr_landscape"]))
+    env[TOKEN_VARIABLE] = token
+    env[ROOTS_VARIABLE] = os.pathsep.join(str(root) for root in roots)
+    env.pop("VLLM_SERVER_DEV_MODE", None)
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    env.setdefault("HF_HUB_OFFLINE", "1")
+    env.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    if resolve_device(config) == "cpu":
+        env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
+    return env
+
+
+@contextlib.asynccontextmanager
+async def local_server(config: ServerConfig, model: Path, roots: Sequence[Path], log: Path) -> AsyncIterator[LocalServer]:
+    """A running server for the policy in `model`, which may read snapshots below `roots`.
+
+    Raises `ServerError` if vLLM is not installed, the port is taken, the process ends early or does not answer within
+    `config.start_timeout`; the message ends with the last lines of `log`.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ServerError("vLLM is not installed; run `make setup`, or install the extra rlvr-landscape[cpu] or [gpu]")
+    port = config.port if config.port is not None else free_port()
+    if _port_in_use(port):
+        raise ServerError(f"port {port} on {HOST} is in use; choose another with --server.port, or leave it out")
+    token = config.token or os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as sink:
+        process = await asyncio.create_subprocess_exec(
+            *command(config, model, port),
+            env=environment(config, token, roots, port),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        )
+    server = LocalServer(f"http://{HOST}:{port}", token, process.pid, log)
+    try:
+        await _healthy(server, process, config.start_timeout)
+        yield server
+    finally:
+        await _end(process)
+
+
+async def _healthy(server: LocalServer, process: asyncio.subprocess.Process, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+        while True:
+            if process.returncode is not None:
+                raise ServerError(f"the vLLM server ended with code {process.returncode} while starting:\n{tail(server.log)}")
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                async with session.get(server.url + "/health") as response:
+                    if response.status == 200:
+                        return
+            if time.monotonic() > deadline:
+                raise ServerError(f"the vLLM server did not answer within {timeout:g} s:\n{tail(server.log)}")
+            await asyncio.sleep(0.25)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    for number, patience in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), patience)
+            break
+    # Workers that outlived the front end share its process group.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a server log, for error messages."""
+    try:
+        text = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return f"(no log at {log})"
+    return "\n".join([f"--- last lines of {log}", *text[-lines:]])

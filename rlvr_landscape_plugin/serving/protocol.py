@@ -1,0 +1,79 @@
+"""The wire format between client and endpoint: message types, and arrays as base64 in JSON. No pickle, no torch."""
+
+from __future__ import annotations
+
+import binascii
+from typing import Any
+
+import msgspec
+import numpy as np
+
+PROTOCOL = 1
+"""Raised whenever a message changes; client and server must agree."""
+MAX_BODY_BYTES = 256 * 2**20
+TOKEN_VARIABLE = "RLVR_LANDSCAPE_TOKEN"
+"""Environment variable with the bearer token, on both sides."""
+ROOTS_VARIABLE = "RLVR_LANDSCAPE_ROOTS"
+"""Environment variable of the server: directories it may read snapshots from."""
+
+
+class LoadCall(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of /landscape/load."""
+
+    snapshot: str
+    slice: dict[str, Any]
+
+
+class MoveCall(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of /landscape/move."""
+
+    alpha: float
+    beta: float
+
+
+class Sampling(msgspec.Struct, forbid_unknown_fields=True):
+    """What all requests of a call share."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: list[int] = []
+
+
+class GenerateItem(msgspec.Struct, forbid_unknown_fields=True):
+    """One turn to sample."""
+
+    prompt: str
+    """Token ids, int32 little endian, base64."""
+    seed: int
+    max_tokens: int
+
+
+class GenerateCall(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of /landscape/generate."""
+
+    requests: list[GenerateItem]
+    sampling: Sampling
+    version: str | None = None
+
+
+class ScoreCall(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of /landscape/score."""
+
+    sequences: list[str]
+    """Token ids of each whole sequence, int32 little endian, base64."""
+    version: str | None = None
+
+
+def pack(array: np.ndarray) -> str:
+    """Base64 of a little-endian int32 or float32 array."""
+    return binascii.b2a_base64(np.ascontiguousarray(array), newline=False).decode("ascii")
+
+
+def unpack_ids(text: str) -> np.ndarray:
+    """Token ids, int32, 1-D, read-only."""
+    return np.frombuffer(binascii.a2b_base64(text), dtype="<i4")
+
+
+def unpack_logprobs(text: str) -> np.ndarray:
+    """Log-probabilities in nat, float32, 1-D, read-only."""
+    return np.frombuffer(binascii.a2b_base64(text), dtype="<f4")

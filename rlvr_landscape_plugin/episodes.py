@@ -205,7 +205,9 @@ def _check_task(task: vf.Task, name: str) -> None:
     scorers = [*task.hooks("reward"), *task.hooks("metric"), *(judge.score for judge in task.plugged_judges())]
     problems = [f"{fn.__name__}() needs a runtime" for fn in scorers if wants_runtime(fn)]
     problems += [
-        f"it overrides {hook}()" for hook in ("setup", "finalize") if getattr(type(task), hook) is not getattr(Task, hook)
+        f"it overrides {hook}()"
+        for hook in ("setup", "finalize")
+        if getattr(type(task), hook) is not getattr(Task, hook)
     ]
     if task.NEEDS_CONTAINER or task.data.image is not None:
         problems.append("it needs a container")
@@ -247,7 +249,11 @@ class EpisodeRunner:
         self._identities: dict[int, tuple[str, str]] = {}
 
     async def batch(
-        self, tasks: Sequence[vf.Task], rollouts: int, seed: Callable[[int, int, int], int], progress: Callable[[], None]
+        self,
+        tasks: Sequence[vf.Task],
+        rollouts: int,
+        seed: Callable[[int, int, int], int],
+        progress: Callable[[], None],
     ) -> list[list[Rollout]]:
         """`rollouts` episodes of every task, concurrently: result[prompt][rollout].
 
@@ -268,7 +274,9 @@ class EpisodeRunner:
                     for prompt in range(len(tasks))
                 ]
         except* ServerError as failures:
-            raise _first(failures) from None
+            from rlvr_landscape_plugin.serving.client import first_error
+
+            raise first_error(failures) from None
         return [[cell.result() for cell in row] for row in cells]
 
     async def episode(self, task: vf.Task, seed: Callable[[int], int]) -> Rollout:
@@ -316,12 +324,6 @@ class EpisodeRunner:
         if known is None:
             known = self._identities[id(task)] = (task.key, task.hash)
         return known
-
-
-def _first(group: BaseExceptionGroup[ServerError]) -> ServerError:
-    for error in group.exceptions:
-        return _first(error) if isinstance(error, BaseExceptionGroup) else error
-    raise AssertionError("an exception group is never empty")
 
 
 class _Agent:

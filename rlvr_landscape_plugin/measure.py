@@ -260,7 +260,10 @@ async def rescored_dataset(client: LandscapeClient, base: BaseBatch) -> xr.Datas
     pairs = [list(zip(*rows, strict=True)) for rows in zip(again, base.logprobs, strict=True)]
     return xr.Dataset(
         {
-            "recheck_logprob": (DIMS, np.array([[float(np.sum(new, dtype=np.float64)) for new, _ in r] for r in pairs])),
+            "recheck_logprob": (
+                DIMS,
+                np.array([[float(np.sum(new, dtype=np.float64)) for new, _ in r] for r in pairs]),
+            ),
             "recheck_max_difference": (
                 DIMS,
                 np.array([[float(np.max(np.abs(new - old), initial=0.0)) for new, old in r] for r in pairs]),

@@ -141,7 +141,7 @@ class Journal:
         self.root = Path(root)
         self.alphas, self.betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
         self.identity = identity
-        with self._disk(self.root):
+        with _Disk(self.root):
             (self.root / "points").mkdir(parents=True, exist_ok=True)
         path = self.root / "journal.json"
         if not path.exists():
@@ -233,7 +233,7 @@ class Journal:
     def _publish(self, path: Path, write: Callable[[Path], Any]) -> None:
         """Write under a temporary name, sync, and link to `path` unless a whole file is already there."""
         scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-        with self._disk(path):
+        with _Disk(path):
             try:
                 write(scratch)
                 _sync(scratch)
@@ -247,9 +247,6 @@ class Journal:
                 _sync(path.parent)
             finally:
                 scratch.unlink(missing_ok=True)
-
-    def _disk(self, path: Path) -> _Disk:
-        return _Disk(path)
 
     def consolidate(self, out: Path, attributes: Mapping[str, Any]) -> Path:
         """Write the dataset of all points to `out`, one point in memory at a time.

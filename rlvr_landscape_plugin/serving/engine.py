@@ -12,6 +12,7 @@ endpoint created and named in the request.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -49,10 +50,11 @@ def register() -> None:
 class LoadRequest(WeightTransferInitInfo):
     """Take a snapshot and a slice in; the weights of the server do not change yet."""
 
-    snapshot: str
-    slice: dict[str, Any]
     report: str
     """Directory for this call's reports, one `rank<N>.json` per worker."""
+    snapshot: str = ""
+    """Directory of the snapshot; empty: change nothing, report checksums of the weights in use."""
+    slice: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,6 +79,34 @@ class MoveStats:
     def realised_step(self) -> float:
         """‖θ(α,β) − θ‖ / ‖θ‖ as the server really holds it, dimensionless."""
         return math.sqrt(self.changed / self.theta) if self.theta else 0.0
+
+
+def _repack_shared(model: torch.nn.Module) -> None:
+    """Let vLLM pack again what a reload passes over on a CPU: the copy that a tied output head keeps of the embedding."""
+    for module in model.modules():
+        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
+        if hasattr(module, "cpu_linear") and weight is not None and weight.numel() and method is not None:
+            method.process_weights_after_loading(module)
+
+
+@torch.no_grad()
+def checksums(model: torch.nn.Module) -> dict[str, str]:
+    """SHA-256 of every parameter as the kernels hold it.
+
+    On a CPU vLLM keeps linear weights in packed form only; those are read back through the kernel itself, as its
+    product with the identity, which is exact.
+    """
+    digests = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            values = parameter.detach()
+            if not values.numel() and hasattr(module, "cpu_linear"):
+                # A packed layer has lost its shape; the module still knows it.
+                identity = torch.eye(module.input_size_per_partition, dtype=values.dtype)
+                values = module.cpu_linear(identity, parameter, None)
+            raw = values.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            digests[f"{name}.{attribute}"] = hashlib.sha256(raw).hexdigest()
+    return digests
 
 
 def _load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
@@ -159,8 +189,12 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
 
     def init_transfer_engine(self, init_info: LoadRequest) -> None:
         """Read, check and scale; on any error the slice held before stays in force and the report says what failed."""
+        if not init_info.snapshot:
+            self._report(init_info.report, checksums(self.model))
+            return
         started = time.perf_counter()
         try:
+            self._check_kernels()
             snapshot = open_snapshot(init_info.snapshot)
             served = open_snapshot(self.model_config.model)
             compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
@@ -184,6 +218,14 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
         }
         self._state = _State(snapshot, built, at, facts)
         self._report(init_info.report, facts)
+
+    def _check_kernels(self) -> None:
+        """Refuse a server whose compiled graph would go on using the weights it was compiled with."""
+        if self.device.type == "cpu" and not self.model_config.enforce_eager:
+            raise ValueError(
+                "this CPU server was started without --enforce-eager: its compiled graph keeps packed copies of the "
+                "linear weights, which no move reaches; start it again with --enforce-eager"
+            )
 
     def _home(self, theta: dict[str, torch.Tensor]) -> torch.device:
         """The worker's device if three float32 copies fit into what is free there, else the host's memory."""
@@ -237,6 +279,8 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors)
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            _repack_shared(self.model)
         return stats
 
     def _report(self, directory: str, content: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Start and stop a local vLLM server with the landscape plugin; one code path for CPU and GPU.
 
 The server is a process group of its own, bound to loopback, with a fresh token unless one is given. It is ended by
-process id when the context closes, also after an error or Ctrl-C. Imports neither torch nor vllm.
+process id when the context closes, also after an error or Ctrl-C; on Linux it ends with this process even when that is
+killed (tether.py). Imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -82,14 +83,15 @@ def command(config: ServerConfig, model: Path, port: int) -> list[str]:
         *("--uvicorn-log-level", "warning"),
     ]
     if device == "cpu":
-        # A chunked prefill of a seeded request ends the engine on CPU (FINDINGS in docs/design.md).
-        arguments += ["--no-enable-chunked-prefill"]
+        # A chunked prefill of a seeded request ends the engine on a CPU; a compiled graph keeps packed copies of the
+        # linear weights that no reload reaches (docs/design.md, "Traps").
+        arguments += ["--no-enable-chunked-prefill", "--enforce-eager"]
     else:
         arguments += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
     return [*arguments, *config.extra_args]
 
 
-def environment(config: ServerConfig, token: str, roots: Sequence[Path], port: int) -> dict[str, str]:
+def environment(config: ServerConfig, token: str, roots: Sequence[Path]) -> dict[str, str]:
     """The server's environment: plugins, token, snapshot roots, no network, development mode off."""
     env = dict(os.environ)
     plugins = [name for name in env.get("VLLM_PLUGINS", "").split(",") if name]
@@ -99,14 +101,16 @@ def environment(config: ServerConfig, token: str, roots: Sequence[Path], port: i
     env.pop("VLLM_SERVER_DEV_MODE", None)
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     env.setdefault("HF_HUB_OFFLINE", "1")
-    env.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    env.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "60")
     if resolve_device(config) == "cpu":
         env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.kv_cache_gib)))
     return env
 
 
 @contextlib.asynccontextmanager
-async def local_server(config: ServerConfig, model: Path, roots: Sequence[Path], log: Path) -> AsyncIterator[LocalServer]:
+async def local_server(
+    config: ServerConfig, model: Path, roots: Sequence[Path], log: Path
+) -> AsyncIterator[LocalServer]:
     """A running server for the policy in `model`, which may read snapshots below `roots`.
 
     Raises `ServerError` if vLLM is not installed, the port is taken, the process ends early or does not answer within
@@ -121,8 +125,9 @@ async def local_server(config: ServerConfig, model: Path, roots: Sequence[Path],
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "rlvr_landscape_plugin.serving.tether", str(os.getpid())),
             *command(config, model, port),
-            env=environment(config, token, roots, port),
+            env=environment(config, token, roots),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
@@ -141,7 +146,9 @@ async def _healthy(server: LocalServer, process: asyncio.subprocess.Process, tim
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         while True:
             if process.returncode is not None:
-                raise ServerError(f"the vLLM server ended with code {process.returncode} while starting:\n{tail(server.log)}")
+                raise ServerError(
+                    f"the vLLM server ended with code {process.returncode} while starting:\n{tail(server.log)}"
+                )
             with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
                 async with session.get(server.url + "/health") as response:
                     if response.status == 200:

@@ -1,6 +1,7 @@
 """Where the name lists come from: the built-in names, a Hugging Face dataset, or a JSONL file.
 
-A source is asked for one pass after another; a pass is a list of name lists.
+A source is asked for one pass after another; a pass is a list of name lists. Files give the same lists on every pass
+(the published environment cycles its dataset); the built-in names give new lists on every pass, without end.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 HF_DATASET = "kalomaze/alphabetic-arxiv-authors-it1"
 LISTS_PER_PASS = 1024
 NAMES_PER_LIST = 32
+"""Length of a built-in list, unless a conversation can need more."""
 
 Pass = Callable[[int], Sequence[Sequence[str]]]
 """Number of the pass → its name lists."""
@@ -36,17 +39,35 @@ def surnames() -> tuple[str, ...]:
     return _builtin("surnames.txt")
 
 
-def builtin_source(seed: int) -> Pass:
-    """Full names drawn from the built-in lists; each pass and each seed has its own."""
+def builtin_source(seed: int, longest: int = 0) -> Pass:
+    """Full names drawn from the built-in lists; each pass and each seed has its own.
+
+    `longest`: names that the longest conversation can ask for. Its list holds spare names, because one that is drawn
+    twice counts once.
+    """
+    length = max(NAMES_PER_LIST, longest + longest // 8 + 8)
 
     def lists(number: int) -> list[list[str]]:
         rng = random.Random(f"rlvr-alphabet-sort/{seed}/{number}")
         given, family = given_names(), surnames()
-        return [
-            [rng.choice(given) + rng.choice(family) for _ in range(NAMES_PER_LIST)] for _ in range(LISTS_PER_PASS)
-        ]
+        return [[rng.choice(given) + rng.choice(family) for _ in range(length)] for _ in range(LISTS_PER_PASS)]
 
     return lists
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError, saying what to do, for a source that cannot be opened here. Reads nothing."""
+    if source == "builtin":
+        return
+    if source == "hf":
+        if find_spec("datasets") is None:
+            raise ValueError("source = 'hf' needs the package datasets: pip install 'rlvr-alphabet-sort[hf]'")
+        return
+    if not Path(source).expanduser().is_file():
+        raise ValueError(
+            f"source = {source!r} is no file; set source to 'builtin', 'hf', or the path of a JSONL file with one "
+            'object {"names": [...]} per line'
+        )
 
 
 def jsonl_source(path: Path) -> Pass:
@@ -54,11 +75,6 @@ def jsonl_source(path: Path) -> Pass:
 
     Raises ValueError naming file and line for anything else.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"source {str(path)!r} is not a file; give 'builtin', 'hf', or the path of a JSONL file of "
-            '{"names": [...]} objects'
-        )
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -77,18 +93,17 @@ def jsonl_source(path: Path) -> Pass:
 
 def hf_source() -> Pass:
     """The published environment's dataset; needs the extra `hf` and a way to the hub."""
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ValueError("source 'hf' needs the package datasets: pip install rlvr-alphabet-sort[hf]") from error
+    from datasets import load_dataset
+
     lists = [entry["names"] for entry in load_dataset(HF_DATASET, split="train")]
     return lambda number: lists
 
 
-def open_source(source: str, seed: int) -> Pass:
-    """The source that the option `source` names."""
+def open_source(source: str, seed: int, longest: int = 0) -> Pass:
+    """The source that the option `source` names; `longest` as in `builtin_source`."""
+    check_source(source)
     if source == "builtin":
-        return builtin_source(seed)
+        return builtin_source(seed, longest)
     if source == "hf":
         return hf_source()
     return jsonl_source(Path(source).expanduser())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 FIRST_TAG = "alphabetical_sorted"
 LATER_TAG = "combined_alphabetical_sorted"
@@ -26,7 +27,7 @@ def attempts(response: str, turn: int) -> list[str]:
 
 
 def similarity(attempt: str, truth: Sequence[str]) -> float:
-    """difflib's ratio between an attempted list and the true one, in [0, 1]; case and surrounding space do not count."""
+    """difflib's ratio between an attempted list and the true one, in [0, 1]; case and space around lines do not count."""
     given = "\n".join(line.strip().lower() for line in attempt.split("\n") if line.strip())
     expected = "\n".join(line.strip().lower() for line in truth)
     if not given or not expected:
@@ -37,7 +38,7 @@ def similarity(attempt: str, truth: Sequence[str]) -> float:
 def turn_score(response: str, turn: int, truth: Sequence[str], power: int) -> float:
     """similarity**power of a turn's answer. Several attempts count only if each improves on the one before."""
     scores = [similarity(attempt, truth) ** power for attempt in attempts(response, turn)]
-    if not scores or any(later <= earlier for earlier, later in zip(scores, scores[1:], strict=False)):
+    if not scores or any(later <= earlier for earlier, later in pairwise(scores)):
         return 0.0
     return scores[-1]
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import verifiers.v1 as vf
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlvr_alphabet_sort.names import open_source
+from rlvr_alphabet_sort.names import check_source, open_source
 from rlvr_alphabet_sort.rules import FIRST_TAG, LATER_TAG, NEW_MARK, episode_reward, format_failures
 
 SEED = 1337420
@@ -49,6 +49,12 @@ class AlphabetSortConfig(vf.TasksetConfig):
     source: str = "builtin"
     """`builtin` (names shipped with the package), `hf` (the published dataset), or a JSONL file of {"names": [...]}."""
     task: AlphabetSortTaskConfig = AlphabetSortTaskConfig()
+
+    @field_validator("source")
+    @classmethod
+    def _source_opens(cls, source: str) -> str:
+        check_source(source)
+        return source
 
     @model_validator(mode="after")
     def _ranges(self) -> AlphabetSortConfig:
@@ -90,7 +96,14 @@ def _responses(trace: vf.Trace) -> list[str]:
     return [message.content or "" for message in trace.assistant_messages]
 
 
-class AlphabetSortEnv(vf.SingleAgentEnv):
+class AlphabetSortEnvConfig(vf.SingleAgentEnvConfig):
+    """A plain chat, which runs anywhere."""
+
+    agent: vf.AgentConfig = vf.AgentConfig(harness={"id": "null"}, runtime=vf.SubprocessConfig())
+    """The policy. No tools and no code to run, so the tool-less harness in a local process is enough."""
+
+
+class AlphabetSortEnv(vf.SingleAgentEnv, vf.Env[AlphabetSortEnvConfig]):
     """Plays the user: sends the task's turns one by one."""
 
     async def run(self, task: vf.Task, agents: vf.Agents) -> None:
@@ -109,7 +122,7 @@ class AlphabetSortTaskset(vf.Taskset[AlphabetSortTask, AlphabetSortConfig]):
     def load(self) -> Iterator[AlphabetSortTask]:
         """Yield tasks forever; raises ValueError when a whole pass over the names yields none."""
         config = self.config
-        source = open_source(config.source, config.seed)
+        source = open_source(config.source, config.seed, config.max_turns * config.max_names_per_turn)
         rng = random.Random(config.seed)
         idx = number = 0
         while True:
@@ -121,8 +134,9 @@ class AlphabetSortTaskset(vf.Taskset[AlphabetSortTask, AlphabetSortConfig]):
                     idx += 1
             if idx == before:
                 raise ValueError(
-                    f"no name list of source {config.source!r} is long enough for {config.min_turns} turns of "
-                    f"{config.min_names_per_turn} names; lower min_turns/max_turns or the names per turn"
+                    f"no name list of source = {config.source!r} is long enough for {config.min_turns} to "
+                    f"{config.max_turns} turns of {config.min_names_per_turn} to {config.max_names_per_turn} names; "
+                    "lower min_turns/max_turns or min_names_per_turn/max_names_per_turn"
                 )
             number += 1
 

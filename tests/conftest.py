@@ -1,0 +1,123 @@
+"""What tests share: the shipped policy, a real server for the whole session, and sweeps as a user runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rlvr_landscape_plugin.config import ServerConfig
+from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
+from rlvr_landscape_plugin.snapshot import SHIPPED
+
+ROOT = Path(__file__).parents[1]
+POLICY = SHIPPED["tiny-sorter"]
+TASKSET = {"min_turns": 2, "max_turns": 2, "max_names_per_turn": 3, "seed": 12345}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run; server tests come last."""
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if "server" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed (extra cpu or gpu)"))
+    items.sort(key=lambda item: "server" in item.keywords)
+
+
+class ServerThread:
+    """A local server held open by an event loop in a thread, so that plain tests can use it."""
+
+    def __init__(self, config: ServerConfig, model: Path, roots: list[Path], log: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._context = local_server(config, model, roots, log)
+        self.server: LocalServer = self._call(self._context.__aenter__())
+
+    def _call(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def close(self) -> None:
+        """End the server and the loop."""
+        self._call(self._context.__aexit__(None, None, None))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+@pytest.fixture(scope="session")
+def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that the session's server may read snapshots from."""
+    return tmp_path_factory.mktemp("snapshots")
+
+
+@pytest.fixture(scope="session")
+def server(playground: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """One real vLLM server with the shipped policy, float32 on a CPU, prefix caching on."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    held = ServerThread(ServerConfig(), POLICY, [POLICY, playground], log)
+    yield held.server
+    held.close()
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, server: LocalServer) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the sweep's command line against the session's server: `sweep("--seed", "1")`."""
+
+    def run(*arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        process = start_sweep(tmp_path / "out", server, *arguments, token=token)
+        out, err = process.communicate(timeout=400)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+SMALL = """
+snapshots = ["tiny-sorter"]
+[grid.alpha]
+min = -0.1
+max = 0.15
+points = 2
+[grid.beta]
+min = -0.05
+max = 0.1
+points = 4
+[env]
+num_prompts = 6
+rollouts = 3
+taskset = { min_turns = 2, max_turns = 2, max_names_per_turn = 3, seed = 12345 }
+[sampling]
+max_tokens = 64
+"""
+"""3 × 5 points, asymmetric and uneven on purpose."""
+
+
+def start_sweep(
+    output: Path, server: LocalServer | None, *arguments: str, token: str | None = None
+) -> subprocess.Popen[str]:
+    """Start the command a user types; `server` None lets the sweep launch its own."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    config = output.parent / "sweep.toml"
+    config.write_text(SMALL)
+    env = dict(os.environ)
+    given: list[str] = []
+    if server is not None:
+        env["RLVR_LANDSCAPE_TOKEN"] = server.token if token is None else token
+        given = ["--server.urls", f'["{server.url}"]']
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "rlvr_landscape_plugin.sweep", "@", str(config), "--output", str(output)),
+            *given,
+            *arguments,
+        ],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

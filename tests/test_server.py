@@ -1,0 +1,236 @@
+"""The live server: moves, scores and caches, against transformers; refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import POLICY, TASKSET
+from rlvr_landscape_plugin.config import ServerConfig
+from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.serving.client import LandscapeClient
+from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
+from rlvr_landscape_plugin.serving.protocol import Sampling
+from safetensors.torch import load_file, save_file
+
+pytestmark = pytest.mark.server
+SLICE = {"seed": 0}
+
+
+def prompts(count: int) -> list[list[int]]:
+    from rlvr_landscape_plugin.episodes import ChatFormat, load_tasks, open_environment
+
+    chat = ChatFormat(POLICY)
+    tasks = load_tasks(open_environment("rlvr-alphabet-sort", TASKSET), count)
+    return [chat.opening(json.dumps([{"role": "user", "content": t.data.info["user_turns"][0]}])) for t in tasks]
+
+
+def client_of(server: LocalServer, **options: object) -> LandscapeClient:
+    return LandscapeClient(server.url, server.token, **options)  # type: ignore[arg-type]
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+async def test_scores_agree_with_transformers_over_the_slice(server):
+    """Way in, cast, fused projections, tied embedding: all of it shows in the scores if one is wrong."""
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0, 0)
+        sampled = await asyncio.gather(*(client.generate(p, 7 + i, 64) for i, p in enumerate(prompts(8))))
+        sequences = [np.concatenate([p, c.tokens]).astype(np.int32) for p, c in zip(prompts(8), sampled, strict=True)]
+        for alpha, beta in ((0.0, 0.0), (0.05, 0.0), (-0.1, 0.05), (0.15, 0.15)):
+            await client.move(alpha, beta)
+            model = reference.perturbed(POLICY, 0, alpha, beta)
+            for ids, scored in zip(sequences, await client.score(sequences), strict=True):
+                np.testing.assert_allclose(scored, reference.logprobs(model, ids), atol=1e-3)
+
+
+async def test_decoding_follows_the_weights(server):
+    """Greedy tokens after moves, from prompts that were cached under other weights."""
+    async with client_of(server, sampling=GREEDY) as client:
+        await client.load(str(POLICY), SLICE)
+        for alpha, beta in ((0.0, 0.0), (0.2, -0.2), (0.0, 0.0)):
+            await client.move(alpha, beta)
+            model = reference.perturbed(POLICY, 0, alpha, beta)
+            for prompt in prompts(3):
+                got = (await client.generate(prompt, 0, 12)).tokens.tolist()
+                expected = reference.greedy(model, prompt, len(got))
+                assert got == expected
+
+
+async def test_no_prefix_cache_outlives_a_move(server):
+    """Fails if the endpoint stops emptying the cache: the sampler would see keys and values of other weights."""
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        for alpha in (0.0, 0.3, -0.3):
+            await client.move(alpha, 0.0)
+            batch = prompts(4)
+            sampled = await asyncio.gather(*(client.generate(p, 1, 24) for p in batch for _ in range(2)))
+            whole = [np.concatenate([p, c.tokens]) for p, c in zip([p for p in batch for _ in "ab"], sampled, strict=True)]
+            for ids, completion, scored in zip(whole, sampled, await client.score(whole), strict=True):
+                start = len(ids) - len(completion.tokens) - 1
+                np.testing.assert_allclose(completion.logprobs, scored[start:], atol=1e-4)
+
+
+async def test_the_origin_is_the_snapshot_bit_for_bit(server, tmp_path):
+    """Kernel-layout checksums: as vLLM loaded the checkpoint itself, and after a tour through the slice."""
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0, 0)
+        home = await client.checksums()
+        seen = [home]
+        for alpha, beta in ((0.05, 0.0), (0.05, -0.05), (-0.15, 0.15)):
+            await client.move(alpha, beta)
+            seen.append(await client.checksums())
+        await client.move(0, 0)
+        assert await client.checksums() == home
+        for one, other in itertools.combinations(seen, 2):
+            assert all(one[0][name] != other[0][name] for name in home[0]), "every parameter moves, packed ones too"
+    async with local_server(ServerConfig(), POLICY, [POLICY], tmp_path / "second.log") as fresh:
+        async with client_of(fresh) as client:
+            assert await client.checksums() == home
+
+
+async def test_same_seeds_same_tokens_other_seeds_other_tokens(server):
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0.1, 0)
+        prompt = prompts(1)[0]
+        draws = [
+            [c.tokens.tolist() for c in await asyncio.gather(*(client.generate(prompt, s, 32) for s in seeds))]
+            for seeds in (range(8), range(8), range(8, 16))
+        ]
+        assert draws[0] == draws[1]
+        assert draws[0] != draws[2]
+
+
+async def test_realised_step_is_the_relative_norm(server):
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        assert (await client.move(0, 0)).realised_step == 0.0
+        result = await client.move(0.05, -0.1)
+        theta = {n: p.detach().numpy() for n, p in reference.perturbed(POLICY, 0, 0, 0).named_parameters()}
+        moved = {n: p.detach().numpy() for n, p in reference.perturbed(POLICY, 0, 0.05, -0.1).named_parameters()}
+        change = np.sqrt(sum(float(np.sum((moved[n] - theta[n]).astype(np.float64) ** 2)) for n in theta))
+        total = np.sqrt(sum(float(np.sum(theta[n].astype(np.float64) ** 2)) for n in theta))
+        assert result.realised_step == pytest.approx(change / total, rel=1e-5)
+
+
+async def test_stale_versions_and_unmoved_snapshots_are_refused(server):
+    async with client_of(server) as first, client_of(server) as second:
+        await first.load(str(POLICY), SLICE)
+        await first.move(0.05, 0)
+        await second.move(0.1, 0)
+        with pytest.raises(ServerError, match="stale weight version"):
+            await first.generate(prompts(1)[0], 0, 4)
+        await second.load(str(POLICY), {"seed": 3})
+        with pytest.raises(ServerError, match="weights are unknown"):
+            await second.score([np.arange(9, dtype=np.int32)])
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "status", "message"),
+    [
+        ("move", {"alpha": 0.0}, 422, "beta"),
+        ("move", {"alpha": 0.0, "beta": 0.0, "gamma": 1}, 422, "gamma"),
+        ("move", "[]", 422, "bad request body"),
+        ("load", {"snapshot": "/etc", "slice": {"seed": 0}}, 403, "outside"),
+    ],
+)
+async def test_bad_requests_are_refused(server, route, body, status, message):
+    data = body if isinstance(body, str) else json.dumps(body)
+    headers = {"Authorization": f"Bearer {server.token}"}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{server.url}/landscape/{route}", data=data, headers=headers) as response:
+            assert response.status == status
+            assert message in await response.text()
+
+
+@pytest.mark.parametrize("token", ["", "wrong"])
+async def test_every_route_wants_the_token(server, token):
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session:
+        for method, route in (
+            ("GET", "info"),
+            ("GET", "checksums"),
+            ("POST", "load"),
+            ("POST", "move"),
+            ("POST", "generate"),
+            ("POST", "score"),
+        ):
+            async with session.request(method, f"{server.url}/landscape/{route}") as response:
+                assert response.status == 401
+    async with aiohttp.ClientSession() as session:
+        for route in ("collective_rpc", "pause", "update_weights"):
+            async with session.post(f"{server.url}/{route}") as response:
+                assert response.status == 404, "vLLM's development routes must stay off"
+
+
+def broken(playground: Path, name: str, change) -> Path:
+    path = playground / name
+    if not path.exists():
+        shutil.copytree(POLICY, path)
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+KEY = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("missing", lambda t: t.pop(KEY), f"tensor '{KEY}' is missing"),
+        ("shape", lambda t: t.update({KEY: t[KEY][:-1].clone()}), f"tensor '{KEY}' has shape"),
+        ("foreign", lambda t: t.update({"extra.weight": torch.ones(2)}), "'extra.weight' is not part of the model"),
+        ("nan", lambda t: t[KEY].view(-1)[5:6].fill_(torch.nan), f"tensor '{KEY}' holds NaN"),
+    ],
+)
+async def test_unfit_snapshots_are_refused_and_change_nothing(server, playground, name, change, message):
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0.1, 0)
+        before, version = await client.checksums(), client.version
+        with pytest.raises(ServerError, match=message):
+            await client.load(str(broken(playground, name, change)), SLICE)
+        assert await client.checksums() == before
+        client.version = version
+        assert len((await client.score([np.arange(9, dtype=np.int32)]))[0]) == 8
+
+
+async def test_another_snapshot_of_the_same_model_is_taken_in(server, playground):
+    other = broken(playground, "other", lambda t: t[KEY].mul_(1.01))
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0, 0)
+        home = await client.checksums()
+        await client.load(str(other), SLICE)
+        await client.move(0, 0)
+        assert await client.checksums() != home
+        ids = np.array(prompts(1)[0], np.int32)
+        model = reference.perturbed(other, 0, 0, 0)
+        np.testing.assert_allclose((await client.score([ids]))[0], reference.logprobs(model, ids), atol=1e-3)
+
+
+async def test_stock_chat_route_serves_the_moved_policy(server):
+    """The same server is an ordinary OpenAI server; its own routes see the moved weights too."""
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0.1, -0.05)
+        prompt = prompts(1)[0]
+        model = reference.perturbed(POLICY, 0, 0.1, -0.05)
+        body = {"model": "policy", "prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+        async with aiohttp.ClientSession() as session:
+            async with session.post(f"{server.url}/v1/completions", json=body) as response:
+                choice = (await response.json())["choices"][0]
+        assert choice["token_ids"] == reference.greedy(model, prompt, len(choice["token_ids"]))

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -27,13 +27,24 @@ class StrictConfig(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
-                    raise ValueError(f"unknown key {key!r}; {hint}")
+        if problems := _unknown_keys(cls, data):
+            raise ValueError("; ".join(problems))
         return data
+
+
+def _unknown_keys(table: type[StrictConfig], data: Any, prefix: str = "") -> list[str]:
+    """One sentence per key of `data`, at any depth, that `table` does not declare."""
+    problems = []
+    for key, value in data.items() if isinstance(data, dict) else ():
+        field = table.model_fields.get(key)
+        if field is None:
+            near = difflib.get_close_matches(str(key), table.model_fields, n=1, cutoff=0.5)
+            known = ", ".join(prefix + name for name in table.model_fields)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known keys: {known}"
+            problems.append(f"unknown key {f'{prefix}{key}'!r}; {hint}")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, StrictConfig):
+            problems += _unknown_keys(field.annotation, value, f"{prefix}{key}.")
+    return problems
 
 
 class AxisConfig(StrictConfig):
@@ -43,7 +54,7 @@ class AxisConfig(StrictConfig):
     """Smallest coordinate; must be below 0."""
     max: float = 0.15
     """Largest coordinate; must be above 0."""
-    points: int = Field(7, ge=2)
+    points: int = Field(default=7, ge=2)
     """Number of evenly spaced coordinates. If 0 is not among them (an even number, an uneven range), it is added."""
 
     @model_validator(mode="after")
@@ -75,11 +86,11 @@ class GridConfig(StrictConfig):
 class SliceConfig(StrictConfig):
     """The directions; see `directions.SliceSpec`."""
 
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
     """One slice per seed; the same seed draws the same noise for every snapshot."""
     normalization: Literal["tensor", "filter", "global"] = "tensor"
     """How directions are scaled to the weights."""
-    include: list[str] = Field(["*"], min_length=1)
+    include: list[str] = Field(default=["*"], min_length=1)
     """Globs of checkpoint tensor names that move."""
     exclude: list[str] = []
     """Globs of checkpoint tensor names that stand still."""
@@ -99,40 +110,40 @@ class EnvConfig(StrictConfig):
     """Taskset id, as for `vf-eval`; its package must be installed."""
     taskset: dict[str, Any] = {}
     """Options of the taskset (what `vf-eval` takes as `--env.taskset.*`)."""
-    num_prompts: int = Field(32, ge=1)
+    num_prompts: int = Field(default=32, ge=1)
     """The first so many tasks of the taskset, the same at every point of every snapshot."""
-    rollouts: int = Field(4, ge=1)
+    rollouts: int = Field(default=4, ge=1)
     """Episodes per task and point, and per task in the checkpoint's own batch."""
-    max_concurrent: int = Field(512, ge=1)
+    max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight per server."""
 
 
 class SamplingConfig(StrictConfig):
     """How completions are sampled. Scoring (KL, surrogate) is always at temperature 1."""
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature. KL and surrogate are those of the policy only at 1."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus; 1 samples from the whole distribution."""
-    max_tokens: int = Field(512, ge=1)
+    max_tokens: int = Field(default=512, ge=1)
     """Limit per turn, in tokens."""
 
 
 class SurrogateConfig(StrictConfig):
     """The GRPO objective that the landscape reports."""
 
-    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
     """ε below: ratios under 1 − ε are clipped."""
-    clip_high: float = Field(0.2, gt=0)
+    clip_high: float = Field(default=0.2, gt=0)
     """ε above: ratios over 1 + ε are clipped."""
     advantage_scale: Literal["std", "none"] = "std"
     """`std`: (r − mean)/(std + eps), population standard deviation of the group. `none`: r − mean, as prime-rl 0.8."""
-    advantage_eps: float = Field(1e-8, gt=0)
+    advantage_eps: float = Field(default=1e-8, gt=0)
     """Guard of the division."""
 
 
 class ServerConfig(StrictConfig):
-    """The vLLM servers. None of this but `dtype` and `device` should change a result; all of it may change the speed."""
+    """The vLLM servers. Only `dtype`, `device` and `max_model_len` may change a result; the rest is about speed."""
 
     urls: list[str] = []
     """Servers to use; empty starts one here, on loopback, and ends it after the sweep."""
@@ -142,27 +153,27 @@ class ServerConfig(StrictConfig):
     """Where the local server runs."""
     dtype: str = "auto"
     """Weights' dtype; `auto` is float32 on a CPU and the checkpoint's own on a GPU."""
-    port: int | None = Field(None, ge=1, le=65535)
+    port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the local server; default: a free one."""
-    max_model_len: int = Field(1024, ge=16)
+    max_model_len: int = Field(default=1024, ge=16)
     """Longest conversation, in tokens."""
-    max_num_seqs: int = Field(256, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
     """Sequences decoded together."""
-    max_num_batched_tokens: int = Field(8192, ge=16)
+    max_num_batched_tokens: int = Field(default=8192, ge=16)
     """Tokens scheduled together. Scoring holds this many × vocabulary × 4 bytes beside the weights."""
-    gpu_memory_utilization: float = Field(0.7, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.7, gt=0, le=1)
     """vLLM's share of a GPU; the slice's float32 copies (12 bytes per parameter) need room beside it."""
-    kv_cache_gib: float = Field(1.0, gt=0)
+    kv_cache_gib: float = Field(default=1.0, gt=0)
     """KV cache of a CPU server, GiB."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs per model replica."""
     enable_prefix_caching: bool = True
     """Reuse the prompt's keys and values between rollouts; every move empties this cache."""
     extra_args: list[str] = []
     """Further arguments for vLLM's API server, as they are."""
-    start_timeout: float = Field(600, gt=0)
+    start_timeout: float = Field(default=600, gt=0)
     """Seconds until a started server must answer."""
-    request_timeout: float = Field(600, gt=0)
+    request_timeout: float = Field(default=600, gt=0)
     """Seconds without a byte from the server until a request counts as failed."""
     log: Path | None = None
     """Log of the local server; default: server.log in `output`."""
@@ -173,9 +184,9 @@ class SweepConfig(StrictConfig):
 
     output: Path = Path("outputs/sweep")
     """Directory of the journal and the datasets."""
-    snapshots: list[str] = Field(["tiny-sorter"], min_length=1)
+    snapshots: list[str] = Field(default=["tiny-sorter"], min_length=1)
     """Hugging Face checkpoint directories, or `tiny-sorter`, the policy shipped with the package."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of all sampling: the same (prompt, rollout, turn) draws the same noise at every point."""
     grid: GridConfig = GridConfig()
     """The points."""
@@ -207,15 +218,29 @@ class SweepConfig(StrictConfig):
         return cls.model_validate(data)
 
 
+class LaunchConfig(StrictConfig):
+    """A server of its own, for `vf-eval` or for sweeps elsewhere (`python -m rlvr_landscape_plugin.serving.launch`)."""
+
+    model: str = "tiny-sorter"
+    """Hugging Face checkpoint directory, or `tiny-sorter`."""
+    roots: list[Path] = []
+    """Directories that the server may read snapshots from; default: the one that holds `model`."""
+    server: ServerConfig = ServerConfig()
+    """How it runs; `urls` is not used."""
+
+
 def digest(data: Any) -> str:
     """SHA-256 of the canonical JSON of `data`."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_config(argv: Sequence[str]) -> SweepConfig:
+_Config = TypeVar("_Config", bound=StrictConfig)
+
+
+def load_config(argv: Sequence[str], kind: type[_Config]) -> _Config:
     """Parse a command line; raises `ConfigurationError` for whatever is wrong in it or in its files."""
     try:
-        return cli(SweepConfig, args=list(argv), prog="python -m rlvr_landscape_plugin.sweep", description=__doc__)
+        return cli(kind, args=list(argv), description=kind.__doc__)  # pyright: ignore[reportCallIssue]
     except (ConfigFileError, OSError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
 

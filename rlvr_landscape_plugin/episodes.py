@@ -162,7 +162,8 @@ def open_environment(env_id: str, taskset: dict[str, Any]) -> vf.Env:
     except ModuleNotFoundError as error:
         raise TasksetError(f"taskset {env_id!r} (env.id) is not installed: {error}") from error
     except ValidationError as error:
-        raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset): {error}") from error
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset): {problems}") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise TasksetError(f"taskset {env_id!r} (env.id) cannot be opened: {error}") from error
     names = [name for name, value in env.config if type(value).__name__.endswith("AgentConfig")]
@@ -285,7 +286,8 @@ class EpisodeRunner:
 
         traces: list[Any] = []
         cut = [False]
-        agents = Agents(self.env.config, lambda name, spec: _Agent(self, seed, traces, cut))
+        make: Any = lambda name, spec: _Agent(self, seed, traces, cut)  # noqa: E731 - typed as what verifiers asks for
+        agents = Agents(self.env.config, make)
         error: str | None = None
         try:
             await self.env.setup(agents)
@@ -296,7 +298,7 @@ class EpisodeRunner:
             raise
         except Exception as problem:  # the taskset's own code failed: that is data
             error = f"{type(problem).__name__}: {problem}"
-        trace = traces[0] if traces else None
+        trace: Any = traces[0] if traces else None
         if trace is not None and error is None:
             try:
                 await self._finalize(task, trace)
@@ -304,7 +306,7 @@ class EpisodeRunner:
                 error = f"{type(problem).__name__}: {problem}"
         segments = _segments(trace) if trace is not None else []
         kept = trace if self.keep_traces else None
-        if error is not None:
+        if trace is None or error is not None:
             return Rollout(float("nan"), ERROR, segments, error, trace=kept)
         failure = trace.metrics.get("format_failure")
         return Rollout(float(trace.reward), TRUNCATED if cut[0] else OK, segments, None, failure, kept)

@@ -40,6 +40,12 @@ def run_cli(function: Callable[[], None]) -> int:
     except LandscapeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        # A configuration built in code, not by `load_config`; any other ValueError is a defect and keeps its trace.
+        if type(error).__name__ != "ValidationError" or not type(error).__module__.startswith("pydantic"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; finished points are kept, the same command continues", file=sys.stderr)
         return 130

@@ -9,16 +9,19 @@ One directory per snapshot and slice:
 
 A file appears under its name only when it is whole: written under a temporary name, synced, then linked without
 overwriting. So the state of a sweep is the set of files; killing it loses at most the points in flight, and several
-processes may share a directory. Nothing here deletes a measurement; damaged files are moved aside, never removed.
+processes may share a directory. A point names the base batch that it was scored against, so that points of two batches
+never meet in one dataset. Nothing here deletes a measurement; files that cannot be used are moved aside.
 """
 
 from __future__ import annotations
 
 import datetime
 import errno
+import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +38,10 @@ from rlvr_landscape_plugin.errors import StoreError
 POINT = ("alpha", "beta")
 CELL = ("prompt", "rollout")
 FULL = (*POINT, *CELL)
+ERROR = 2
+"""Value of `status` for a rollout that failed; only such a rollout may lack a reward."""
+STALE_SECONDS = 3600.0
+"""Age at which a temporary file has certainly lost its writer."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,8 @@ SCHEMA: dict[str, Variable] = {
         "f4",
         "1",
         "clipped GRPO objective of a checkpoint completion, summed over its tokens",
-        "sum over tokens of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); J = sum(surrogate) / sum(base_tokens)",
+        "sum over tokens of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); "
+        "J = sum(surrogate) / sum(base_tokens)",
     ),
     "clip_fraction": Variable(FULL, "f4", "1", "share of a checkpoint completion's tokens where the clip binds"),
     "entropy": Variable(
@@ -141,16 +149,20 @@ class Journal:
         self.root = Path(root)
         self.alphas, self.betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
         self.identity = identity
+        self._base_sha256: str | None = None
         with _Disk(self.root):
             (self.root / "points").mkdir(parents=True, exist_ok=True)
+        _remove_stale(self.root)
         path = self.root / "journal.json"
+        # The axes are written out: a configuration alone does not say which coordinates it became.
+        asked = {**identity, "axes": {"alpha": self.alphas.tolist(), "beta": self.betas.tolist()}}
         if not path.exists():
-            self._publish(path, lambda scratch: scratch.write_text(json.dumps(identity, indent=1, sort_keys=True)))
+            self._publish(path, lambda scratch: scratch.write_text(json.dumps(asked, indent=1, sort_keys=True)))
         try:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise StoreError(f"{path} is not readable JSON ({error}); choose another output directory") from error
-        if differences := _differences(stored, json.loads(json.dumps(identity))):
+        if differences := _differences(stored, json.loads(json.dumps(asked))):
             listed = "\n".join(f"  {key}: {old!r} there, {new!r} asked for" for key, old, new in differences)
             raise StoreError(
                 f"{self.root} holds a sweep of another configuration; choose another output directory, or go back to:\n"
@@ -175,21 +187,53 @@ class Journal:
         return sum(1 for _ in (self.root / "points").glob("a*_b*.nc")), total
 
     def _readable(self, path: Path) -> bool:
+        """Whether every value of a point can be read and belongs here; if not, the file is moved aside."""
         try:
-            with xr.open_dataset(path, engine="netcdf4") as data:
-                if "reward" in data and data.attrs.get("identity") == digest(self.identity):
-                    return True
-                reason = "it is not a point of this sweep"
+            with path.open("rb"):
+                pass
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
+        try:
+            with xr.open_dataset(path, engine="netcdf4", decode_cf=False) as data:
+                reason = self._unfit(data.load())
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error)
+        if not reason:
+            return True
         aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
-        os.replace(path, aside)
+        try:
+            os.replace(path, aside)
+        except FileNotFoundError:
+            return False
         warnings.warn(f"{path} was moved to {aside.name} and will be measured again: {reason}", stacklevel=3)
         return False
 
-    def write_base(self, base: xr.Dataset) -> None:
-        """Keep the checkpoint's own batch; the first writer wins."""
+    def _unfit(self, point: xr.Dataset) -> str:
+        """Why a point's file is not one of this journal; empty if it is."""
+        if point.attrs.get("identity") != digest(self.identity):
+            return "it is not a point of this sweep"
+        base = self._base_digest()
+        if base is not None and point.attrs.get("base_sha256") != base:
+            return "it was scored against another base batch"
+        return _wrong_shape(point, (FULL, POINT))
+
+    def _base_digest(self) -> str | None:
+        if self._base_sha256 is None and (base := self.read_base()) is not None:
+            self._base_sha256 = _content_digest(base)
+        return self._base_sha256
+
+    def write_base(self, base: xr.Dataset) -> xr.Dataset:
+        """Keep the checkpoint's own batch; returns the one kept: another process's if that was first."""
+        if problem := _wrong_shape(base, (CELL,), skip="recheck"):
+            raise StoreError(f"not a base batch: {problem}")
         self._write(self.root / "base.nc", base)
+        kept = self.read_base()
+        if kept is None:
+            raise StoreError(f"{self.root / 'base.nc'} vanished while it was written; run the same command again")
+        self._base_sha256 = _content_digest(kept)
+        return kept
 
     def read_base(self) -> xr.Dataset | None:
         """The checkpoint's own batch, or None."""
@@ -204,9 +248,20 @@ class Journal:
         return self._read(self.root / "recheck.nc")
 
     def write_point(self, i: int, j: int, point: xr.Dataset) -> None:
-        """Keep a finished point; an existing one stays."""
-        point.attrs["identity"] = digest(self.identity)
-        self._write(self._path(i, j), point)
+        """Keep a finished point, dims (prompt, rollout) and per-point scalars; an existing one stays.
+
+        Refuses an unknown, missing or misshapen variable, and a missing reward of a rollout that did not fail.
+        """
+        if not (0 <= i < len(self.alphas) and 0 <= j < len(self.betas)):
+            raise StoreError(f"point ({i}, {j}) is outside the grid of {len(self.alphas)} × {len(self.betas)}")
+        if unknown := sorted(str(name) for name in point.data_vars if name not in SCHEMA):
+            raise StoreError(f"point ({i}, {j}) has variables that the schema does not know: {', '.join(unknown)}")
+        if problem := _wrong_shape(point, (FULL, POINT)):
+            raise StoreError(f"point ({i}, {j}): {problem}")
+        marks = {"identity": digest(self.identity)}
+        if base := self._base_digest():
+            marks["base_sha256"] = base
+        self._write(self._path(i, j), point.assign_attrs(marks))
 
     def read_point(self, i: int, j: int) -> xr.Dataset:
         """A finished point."""
@@ -222,10 +277,15 @@ class Journal:
             with xr.open_dataset(path, engine="netcdf4", decode_cf=False) as data:
                 return data.load()
         except (OSError, ValueError, RuntimeError) as error:
-            raise StoreError(f"{path} is damaged: {error}; move it away and run again") from error
+            raise StoreError(
+                f"{path} is damaged: {error}; move it away and run the same command again "
+                "(points that were scored against a lost base batch are then measured again)"
+            ) from error
 
     def _write(self, path: Path, data: xr.Dataset) -> None:
-        encoding = {name: {"zlib": True, "complevel": 1} for name in data.data_vars if data[name].ndim}
+        # With checksums, so that reading a point finds a flipped bit.
+        stored = {"zlib": True, "complevel": 1, "fletcher32": True}
+        encoding = {name: stored for name in data.data_vars if data[name].size > 1}
         self._publish(
             path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding)
         )
@@ -233,8 +293,8 @@ class Journal:
     def _publish(self, path: Path, write: Callable[[Path], Any]) -> None:
         """Write under a temporary name, sync, and link to `path` unless a whole file is already there."""
         scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-        with _Disk(path):
-            try:
+        try:
+            with _Disk(path):
                 write(scratch)
                 _sync(scratch)
                 try:
@@ -245,25 +305,31 @@ class Journal:
                     if not path.exists():
                         os.rename(scratch, path)
                 _sync(path.parent)
-            finally:
-                scratch.unlink(missing_ok=True)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def consolidate(self, out: Path, attributes: Mapping[str, Any]) -> Path:
-        """Write the dataset of all points to `out`, one point in memory at a time.
+        """Write the dataset of all points to `out`, dims (alpha, beta, prompt, rollout), one point in memory at a time.
 
         An `out` of the same identity is left as it is. Raises `StoreError` when points are missing or `out` belongs to
         something else.
         """
         identity = digest(self.identity)
         if out.exists():
-            with xr.open_dataset(out, engine="netcdf4") as present:
-                if present.attrs.get("identity") != identity:
-                    raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
+            try:
+                with xr.open_dataset(out, engine="netcdf4") as present:
+                    same = present.attrs.get("identity") == identity
+            except (OSError, ValueError, RuntimeError) as error:
+                raise StoreError(f"{out} is not a readable dataset ({error}); move it away and run again") from error
+            if not same:
+                raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
             return out
-        missing = [cell for cell in np.ndindex(len(self.alphas), len(self.betas)) if not self._path(*cell).exists()]
+        done = self.done()
+        missing = [cell for cell in np.ndindex(len(self.alphas), len(self.betas)) if cell not in done]
         base, recheck = self.read_base(), self.read_recheck()
         if missing or base is None or recheck is None:
-            what = f"{len(missing)} points" if missing else "the base batch or the last look at the origin"
+            of = f"{len(missing)} of {len(self.alphas) * len(self.betas)} points"
+            what = of if missing else "the base batch or the last look at the origin"
             raise StoreError(f"{self.root} lacks {what}; run the same sweep again to finish it")
         self._publish(out, lambda scratch: self._fill(scratch, base, recheck, dict(attributes), identity))
         return out
@@ -330,11 +396,54 @@ class _Disk:
             return
         folder = next((p for p in (self._path, *self._path.parents) if p.is_dir()), Path())
         free = shutil.disk_usage(folder).free
-        full = getattr(error, "errno", None) == errno.ENOSPC or free < 2**20
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < 2**16
         what = f"the disk is full ({free:,} bytes free)" if full else str(error)
         raise StoreError(
-            f"cannot write {self._path}: {what}; finished points are safe, run the same command again when there is room"
+            f"cannot write {self._path}: {what}; "
+            "finished points are safe, run the same command again when there is room"
         ) from error
+
+
+def _wrong_shape(data: xr.Dataset, families: tuple[tuple[str, ...], ...], skip: str = "\0") -> str:
+    """What in a file of points or of the base batch breaks `SCHEMA`; empty if nothing does."""
+    sizes = {dim: data.sizes.get(dim, 0) for dim in CELL}
+    if not all(sizes.values()):
+        return f"it needs the dimensions prompt and rollout, it has {dict(data.sizes)}"
+    for name, variable in SCHEMA.items():
+        if variable.dims not in families or name.startswith(skip):
+            continue
+        dims = tuple(dim for dim in variable.dims if dim in CELL)
+        if name not in data:
+            if variable.required:
+                return f"it has no variable {name!r}"
+        elif data[name].dims != dims:
+            return f"variable {name!r} has dims {data[name].dims} instead of {dims}"
+    for prefix in ("", "base_"):
+        if f"{prefix}reward" in data:
+            lost = data[f"{prefix}reward"].isnull() & (data[f"{prefix}status"] != ERROR)
+            if lost.any():
+                return f"{int(lost.sum())} values of {prefix}reward are missing without status {ERROR} (error)"
+    return ""
+
+
+def _content_digest(data: xr.Dataset) -> str:
+    """SHA-256 over names, dims, dtypes and values; attributes do not count."""
+    total = hashlib.sha256()
+    for name in sorted(map(str, data.data_vars)):
+        values = np.ascontiguousarray(data[name].values)
+        total.update(f"{name}{data[name].dims}{values.shape}{values.dtype.str}".encode())
+        total.update(values.tobytes())
+    return total.hexdigest()
+
+
+def _remove_stale(root: Path) -> None:
+    """Remove temporary files that a killed writer left behind long ago."""
+    for scratch in (*root.glob(".*.tmp"), *(root / "points").glob(".*.tmp")):
+        try:
+            if time.time() - scratch.stat().st_mtime > STALE_SECONDS:
+                scratch.unlink(missing_ok=True)
+        except OSError:
+            continue
 
 
 def _sync(path: Path) -> None:
@@ -358,7 +467,9 @@ def _create(file: Any, name: str, variable: Variable, sizes: Mapping[Any, int]) 
         chunksizes=chunks,
         fill_value=fill,
     )
-    created.setncatts({"long_name": variable.long_name, "units": variable.units, **dict(variable.extra)})
+    # CF's way to say that two scalars are coordinates of this variable; xarray reads them as such.
+    created.setncatts({"long_name": variable.long_name, "units": variable.units, "coordinates": "step slice_seed"})
+    created.setncatts(dict(variable.extra))
     if variable.comment:
         created.comment = variable.comment
     if name == "base_logprob":

@@ -291,10 +291,8 @@ async def _measure(
         label = slice_name(plan.snapshot.step, plan.spec.seed)
         display.open(label, done, total, episodes, episodes if stored is None else 0)
         if stored is None:
-            base = await meters[0].base(display.episode)
-            journal.write_base(base.to_dataset())
-        else:
-            base = BaseBatch.from_dataset(stored)
+            stored = journal.write_base((await meters[0].base(display.episode)).to_dataset())
+        base = BaseBatch.from_dataset(stored)
         await _points(plan, base, meters, display)
         if journal.read_recheck() is None:
             from rlvr_landscape_plugin.measure import rescored_dataset
@@ -305,7 +303,7 @@ async def _measure(
             await server.client.move(0.0, 0.0)
             if await server.client.checksums() != before:
                 raise ServerError(
-                    f"{server.client.url}: after the sweep the weights at the origin are not bit-identical to those before; "
+                    f"{server.client.url}: the weights at the origin are not bit-identical to those before the sweep; "
                     "do not trust the points of this slice"
                 )
         _write_json(plan.facts, [server.facts for server in servers])
@@ -434,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
 
     def run() -> None:
-        config = load_config(sys.argv[1:] if argv is None else argv)
+        config = load_config(sys.argv[1:] if argv is None else argv, SweepConfig)
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         if config.dry_run:
             print(dry_run_report(config))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
 from rlvr_landscape_plugin.snapshot import SHIPPED
@@ -95,7 +96,7 @@ taskset = { min_turns = 2, max_turns = 2, max_names_per_turn = 3, seed = 12345 }
 [sampling]
 max_tokens = 64
 """
-"""3 × 5 points, asymmetric and uneven on purpose."""
+"""3 × 4 points: not square, not symmetric, and the first axis gains its origin."""
 
 
 def start_sweep(

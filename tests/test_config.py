@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import pickle
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rlvr_landscape_plugin.config import AxisConfig, SweepConfig, digest, dry_run_report, load_config
-from rlvr_landscape_plugin.errors import ConfigurationError
+
+from rlvr_landscape_plugin.config import AxisConfig, StrictConfig, SweepConfig, digest, dry_run_report, load_config
+from rlvr_landscape_plugin.errors import (
+    ConfigurationError,
+    LandscapeError,
+    ServerError,
+    SnapshotError,
+    StoreError,
+    TasksetError,
+    run_cli,
+)
 
 ROOT = Path(__file__).parents[1]
 
 
-@given(
-    st.floats(-10, -1e-6, allow_nan=False), st.floats(1e-6, 10, allow_nan=False), st.integers(2, 40)
-)
+@given(st.floats(-10, -1e-6, allow_nan=False), st.floats(1e-6, 10, allow_nan=False), st.integers(2, 40))
 def test_axis_holds_the_origin_once_and_the_asked_for_points(low, high, points):
     values = AxisConfig(min=low, max=high, points=points).values()
     assert np.count_nonzero(values == 0.0) == 1
@@ -37,7 +48,7 @@ def test_even_axes_gain_the_origin():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--grid.alpah.points", "3"], "unknown key 'alpah'; did you mean 'alpha'"),
+        (["--grid.alpah.points", "3"], r"unknown key 'grid\.alpah'; did you mean 'grid\.alpha'"),
         (["--grid.alpha.points", "1"], "greater than or equal to 2"),
         (["--grid.alpha.min", "0.2"], "swap them"),
         (["--grid.alpha.max", "inf"], "finite"),
@@ -51,25 +62,95 @@ def test_even_axes_gain_the_origin():
 )
 def test_mistakes_are_named(argv, message):
     with pytest.raises(ConfigurationError, match=message):
-        load_config(argv)
+        load_config(argv, SweepConfig)
+
+
+def test_all_unknown_keys_are_named_at_once():
+    with pytest.raises(ConfigurationError) as caught:
+        load_config(["--grid.beta.pionts", "3", "--zzz", "1"], SweepConfig)
+    assert "unknown key 'grid.beta.pionts'; did you mean 'grid.beta.points'?" in str(caught.value)
+    assert "unknown key 'zzz'; known keys: output, snapshots" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "read"),
+    [
+        (["--server.urls", '["http://a", "http://b"]'], lambda c: c.server.urls == ["http://a", "http://b"]),
+        (["--slice.seeds", "0", "3"], lambda c: c.slice.seeds == [0, 3]),
+        (["--env.taskset.min-turns", "2"], lambda c: c.env.taskset == {"min_turns": 2}),
+        (["--no-server.enable-prefix-caching"], lambda c: c.server.enable_prefix_caching is False),
+        (["--server.token", "None"], lambda c: c.server.token is None),
+        (["--seed", "0", "--dry-run"], lambda c: c.seed == 0 and c.dry_run),
+    ],
+)
+def test_the_command_line_reads_lists_tables_switches_and_none(argv, read):
+    assert read(load_config(argv, SweepConfig))
+
+
+def test_a_dotted_override_wins_over_the_file(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text("seed = 3\n[grid.alpha]\nmin = -0.2\npoints = 5\n")
+    config = load_config(["@", str(path), "--grid.alpha.points", "9"], SweepConfig)
+    assert (config.seed, config.grid.alpha.min, config.grid.alpha.points) == (3, -0.2, 9)
+
+
+def tables(table=SweepConfig):
+    yield table
+    for field in table.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, StrictConfig):
+            yield from tables(field.annotation)
+
+
+@pytest.mark.parametrize("table", list(tables()), ids=lambda table: table.__name__)
+def test_every_field_is_documented_where_it_is_declared(table):
+    (body,) = ast.parse(inspect.getsource(table)).body
+    assert isinstance(body, ast.ClassDef)
+    assert ast.get_docstring(body)
+    documented = {
+        field.target.id
+        for field, text in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+    }
+    assert documented == set(table.model_fields)
+
+
+@pytest.mark.parametrize("kind", [ConfigurationError, SnapshotError, TasksetError, ServerError, StoreError])
+def test_errors_pickle_and_show_one_message(kind, capsys):
+    error = pickle.loads(pickle.dumps(kind("what was wrong")))
+    assert isinstance(error, LandscapeError)
+    assert str(error) == "what was wrong"
+
+    def fail(problem):
+        raise problem
+
+    assert run_cli(lambda: fail(error)) == 2
+    assert capsys.readouterr().err == "error: what was wrong\n"
+    assert run_cli(lambda: fail(KeyboardInterrupt())) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert run_cli(lambda: SweepConfig.model_validate({"sed": 1}) and None) == 2
+    assert "did you mean 'seed'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a defect"):
+        run_cli(lambda: fail(ValueError("a defect")))
 
 
 def test_toml_with_an_unknown_key_names_it(tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text("[sampling]\nmax_tokenz = 3\n")
-    with pytest.raises(ConfigurationError, match=r"unknown key 'max_tokenz'; did you mean 'max_tokens'"):
-        load_config(["@", str(path)])
+    with pytest.raises(
+        ConfigurationError, match=r"unknown key 'sampling\.max_tokenz'; did you mean 'sampling\.max_tokens'"
+    ):
+        load_config(["@", str(path)], SweepConfig)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "paper"])
 def test_shipped_configurations_load(name):
-    config = load_config(["@", str(ROOT / "configs" / "sweep" / f"{name}.toml")])
+    config = load_config(["@", str(ROOT / "configs" / "sweep" / f"{name}.toml")], SweepConfig)
     assert config.output == Path("outputs") / name
     assert "points" in dry_run_report(config)
 
 
 def test_the_paper_configuration_is_the_published_table():
-    config = load_config(["@", str(ROOT / "configs" / "sweep" / "paper.toml")])
+    config = load_config(["@", str(ROOT / "configs" / "sweep" / "paper.toml")], SweepConfig)
     for axis in (config.grid.alpha, config.grid.beta):
         assert (axis.min, axis.max, len(axis.values())) == (-0.05, 0.05, 21)
     assert (config.env.num_prompts, config.env.rollouts, config.sampling.max_tokens) == (1024, 16, 512)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
+
 from rlvr_landscape_plugin.directions import (
     GENERATOR,
     SliceSpec,
@@ -18,7 +20,6 @@ from rlvr_landscape_plugin.directions import (
     raw_direction,
     scaled_direction,
 )
-from scipy import stats
 
 WEIGHTS = {
     "embed.weight": np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32),
@@ -62,7 +63,8 @@ def test_noise_is_standard_normal():
 
 def test_another_process_draws_the_same():
     code = (
-        "from rlvr_landscape_plugin.directions import raw_direction as r; print(r(0, 'alpha', 'w', (5,)).tobytes().hex())"
+        "from rlvr_landscape_plugin.directions import raw_direction\n"
+        "print(raw_direction(0, 'alpha', 'w', (5,)).tobytes().hex())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert raw_direction(0, "alpha", "w", (5,)).tobytes().hex() == other

@@ -13,9 +13,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed (extra cpu or gpu)")
 
 import torch
 from conftest import POLICY
+from safetensors.torch import load_file
+
 from rlvr_landscape_plugin.directions import SliceSpec
 from rlvr_landscape_plugin.serving.engine import LandscapeEngine, LoadRequest, MoveRequest, MoveStats, Slice, register
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.server
 
@@ -49,7 +50,8 @@ def engine(tmp_path, monkeypatch) -> LandscapeEngine:
     monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda model: None)
     monkeypatch.setattr(reload, "finalize_layerwise_reload", lambda model, config: None)
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(rank=0), model_config=SimpleNamespace(model=str(POLICY), dtype=torch.float32, enforce_eager=True)
+        parallel_config=SimpleNamespace(rank=0),
+        model_config=SimpleNamespace(model=str(POLICY), dtype=torch.float32, enforce_eager=True),
     )
     model = Model(load_file(POLICY / "model.safetensors"))
     return LandscapeEngine(SimpleNamespace(backend="landscape"), config, torch.device("cpu"), model)  # type: ignore

@@ -10,6 +10,7 @@ import pytest
 import reference
 from conftest import POLICY, TASKSET
 from rlvr_alphabet_sort.rules import episode_reward, tag_of
+
 from rlvr_landscape_plugin.episodes import (
     ERROR,
     OK,

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import stats
+
 from rlvr_landscape_plugin.episodes import Segment, sampling_seed
 from rlvr_landscape_plugin.measure import BaseBatch, group_advantages, token_scores
-from scipy import stats
 
 logprobs = st.integers(0, 12).flatmap(
     lambda n: st.tuples(*(arrays(np.float64, n, elements=st.floats(-12, 0)) for _ in range(2)))
@@ -89,7 +90,9 @@ def base_batch(rng: np.random.Generator, prompts: int = 3, rollouts: int = 2) ->
             for length in ((), (7,), (5, 9))[(r + len(segments)) % 3]:
                 mask = rng.random(length) < 0.5
                 mask[0] = False
-                cell.append(Segment(rng.integers(0, 99, length).astype(np.int32), mask, -rng.random(mask.sum()).astype("f4")))
+                cell.append(
+                    Segment(rng.integers(0, 99, length).astype(np.int32), mask, -rng.random(mask.sum()).astype("f4"))
+                )
             row.append(cell)
             count = sum(int(s.sampled.sum()) for s in cell)
             lows.append(-rng.random(count).astype(np.float32))

@@ -14,12 +14,13 @@ import pytest
 import reference
 import torch
 from conftest import POLICY, TASKSET
+from safetensors.torch import load_file, save_file
+
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.errors import ServerError
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
 from rlvr_landscape_plugin.serving.protocol import Sampling
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.server
 SLICE = {"seed": 0}
@@ -75,7 +76,9 @@ async def test_no_prefix_cache_outlives_a_move(server):
             await client.move(alpha, 0.0)
             batch = prompts(4)
             sampled = await asyncio.gather(*(client.generate(p, 1, 24) for p in batch for _ in range(2)))
-            whole = [np.concatenate([p, c.tokens]) for p, c in zip([p for p in batch for _ in "ab"], sampled, strict=True)]
+            whole = [
+                np.concatenate([p, c.tokens]) for p, c in zip([p for p in batch for _ in "ab"], sampled, strict=True)
+            ]
             for ids, completion, scored in zip(whole, sampled, await client.score(whole), strict=True):
                 start = len(ids) - len(completion.tokens) - 1
                 np.testing.assert_allclose(completion.logprobs, scored[start:], atol=1e-4)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from rlvr_landscape_plugin.errors import SnapshotError
 from rlvr_landscape_plugin.snapshot import SHIPPED, compare_tensors, open_snapshot
-from safetensors.numpy import save_file
 
 
 def make(path: Path, files: dict[str, dict[str, np.ndarray]] | None = None) -> Path:
@@ -70,7 +71,7 @@ def test_shards_are_read_through_their_index(tmp_path):
 def test_what_is_not_a_snapshot_is_named(tmp_path):
     with pytest.raises(SnapshotError, match="is not a directory"):
         open_snapshot(tmp_path / "absent")
-    with pytest.raises(SnapshotError, match="no config.json"):
+    with pytest.raises(SnapshotError, match=r"no config\.json"):
         open_snapshot(tmp_path)
     path = make(tmp_path / "x")
     (path / "model.safetensors").rename(path / "pytorch_model.bin")

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="output directory of a sweep")
     arguments = parser.parse_args(argv)
 
-    from rlvr_landscape_analysis.figures import new_figure, reward_landscape, save_figure
+    from rlvr_landscape_analysis.figures import new_figure, panel_aspect, reward_landscape, save_figure
     from rlvr_landscape_analysis.landscape import open_landscape
 
     datasets = sorted(arguments.run.glob("landscape_step*_slice*.nc"))
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         with data:
-            figure, ax = new_figure()
+            figure, ax = new_figure(aspect=panel_aspect(data))
             reward_landscape(data, ax)
         for target in save_figure(figure, arguments.run / "figures" / path.stem):
             print(f"figure {target}")

@@ -16,7 +16,7 @@ from rlvr_landscape_analysis.landscape import difference_from_origin, point_mean
 
 COLUMN_INCHES = 3.4
 """Width of one column of a two-column paper."""
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -65,17 +65,18 @@ def _draw(data: xr.Dataset, ax: Axes, vmin: float | None, vmax: float | None) ->
     same = np.abs(difference["mean"].values) < 2 * difference["standard_error"].values
     same &= ~((beta[:, None] == 0) & (alpha[None, :] == 0))
     rows, columns = np.nonzero(same)
-    dots = ax.plot(alpha[columns], beta[rows], ".", ms=1.6, color="white", mec="black", mew=0.25, ls="none")[0]
+    dots = ax.plot(alpha[columns], beta[rows], "o", ms=2.0, color="white", mec="black", mew=0.4, ls="none")[0]
     origin = ax.plot(0, 0, "+", ms=9, mew=1.6, color="black")[0]
     origin.set_path_effects(_halo())
     ax.set_aspect("equal")
     ax.set_xlabel("step along direction δ, α")
     ax.set_ylabel("step along direction η, β")
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    ax.yaxis.set_major_locator(MaxNLocator(5))
-    ax.set_title(_title(data))
-    figure = ax.figure
-    colorbar = figure.colorbar(mesh, ax=ax, label="mean reward (colour), KL in nat (lines)", fraction=0.046, pad=0.03)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ax.set_title(_title(data, contours is not None, bool(len(rows))), fontsize=7)
+    # Inside the panel's own frame, so that the bar is as tall as a panel of equal aspect.
+    bar = ax.inset_axes((1.04, 0.0, 0.05, 1.0))
+    colorbar = ax.figure.colorbar(mesh, cax=bar, label="mean reward")
     return {"mesh": mesh, "contours": contours, "origin": origin, "dots": dots, "colorbar": colorbar, "ax": ax}
 
 
@@ -99,10 +100,17 @@ def _halo() -> list[Any]:
     return [withStroke(linewidth=1.6, foreground="0.25", alpha=0.6)]
 
 
-def _title(data: xr.Dataset) -> str:
+def _title(data: xr.Dataset, lines: bool, dots: bool) -> str:
     parts = [f"{word} {int(data[name])}" for name, word in (("step", "step"), ("slice_seed", "slice")) if name in data]
-    size = f"{data.sizes['prompt']} prompts × {data.sizes['rollout']} rollouts"
-    return ", ".join([*parts, size])
+    parts.append(f"{data.sizes['prompt']} prompts × {data.sizes['rollout']} rollouts")
+    legend = ["lines: KL in nat"] * lines + ["dots: within 2 SE of the origin"] * dots
+    return "\n".join(filter(None, [", ".join(parts), "; ".join(legend)]))
+
+
+def panel_aspect(data: xr.Dataset) -> float:
+    """Height by width of a one-panel figure that this landscape fills."""
+    width, height = (float(np.ptp(data[name].values)) for name in ("alpha", "beta"))
+    return float(np.clip(0.25 + 0.65 * height / width, 0.4, 1.6))
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:

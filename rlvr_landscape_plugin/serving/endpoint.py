@@ -206,8 +206,8 @@ class LandscapeEndpoint:
                 logger.exception("landscape move to (%s, %s) failed", call.alpha, call.beta)
                 raise HTTPException(
                     500,
-                    f"the move to ({call.alpha}, {call.beta}) failed and the weights are dirty: {error}; the server stays "
-                    "paused until a move succeeds, else restart it",
+                    f"the move to ({call.alpha}, {call.beta}) failed and the weights are dirty: {error}; the server "
+                    "stays paused until a move succeeds, else restart it",
                 ) from error
             self._version, self._at = version, at
             self._state = before[0] if failed and before[1] is None else "clean"

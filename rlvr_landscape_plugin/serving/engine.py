@@ -82,7 +82,7 @@ class MoveStats:
 
 
 def _repack_shared(model: torch.nn.Module) -> None:
-    """Let vLLM pack again what a reload passes over on a CPU: the copy that a tied output head keeps of the embedding."""
+    """Let vLLM pack again what a reload passes over on a CPU: a tied output head's own copy of the embedding."""
     for module in model.modules():
         weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
         if hasattr(module, "cpu_linear") and weight is not None and weight.numel() and method is not None:
@@ -90,7 +90,7 @@ def _repack_shared(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def checksums(model: torch.nn.Module) -> dict[str, str]:
+def checksums(model: Any) -> dict[str, str]:
     """SHA-256 of every parameter as the kernels hold it.
 
     On a CPU vLLM keeps linear weights in packed form only; those are read back through the kernel itself, as its
@@ -276,7 +276,8 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
         initialize_layerwise_reload(self.model)
         try:
             tensors = slice_.at(alpha, beta, self.model_config.dtype, stats)
-            self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors)
+            loader: Any = self.model.load_weights
+            loader((name, tensor.to(self.device)) for name, tensor in tensors)
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":

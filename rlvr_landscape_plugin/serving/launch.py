@@ -1,5 +1,7 @@
 """Start and stop a local vLLM server with the landscape plugin; one code path for CPU and GPU.
 
+    python -m rlvr_landscape_plugin.serving.launch --model tiny-sorter --server.port 8000
+
 The server is a process group of its own, bound to loopback, with a fresh token unless one is given. It is ended by
 process id when the context closes, also after an error or Ctrl-C; on Linux it ends with this process even when that is
 killed (tether.py). Imports neither torch nor vllm.
@@ -24,9 +26,10 @@ from pathlib import Path
 
 import aiohttp
 
-from rlvr_landscape_plugin.config import ServerConfig
-from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.config import LaunchConfig, ServerConfig, load_config
+from rlvr_landscape_plugin.errors import ServerError, run_cli
 from rlvr_landscape_plugin.serving.protocol import ROOTS_VARIABLE, TOKEN_VARIABLE
+from rlvr_landscape_plugin.snapshot import open_snapshot
 
 HOST = "127.0.0.1"
 
@@ -73,7 +76,8 @@ def command(config: ServerConfig, model: Path, port: int) -> list[str]:
         dtype = "float32"  # bfloat16 is several times slower on CPUs without AVX-512
     arguments = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model), "--served-model-name", "policy", "--host", HOST, "--port", str(port)),
+        *("--model", str(model), "--served-model-name", "policy", model.name.replace("_", "-")),
+        *("--host", HOST, "--port", str(port)),
         *("--dtype", dtype, "--max-model-len", str(config.max_model_len)),
         *("--max-num-seqs", str(config.max_num_seqs)),
         *("--max-num-batched-tokens", str(config.max_num_batched_tokens)),
@@ -170,6 +174,25 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+async def serve(config: LaunchConfig) -> None:
+    """Run a server until this task is cancelled; says where it is."""
+    snapshot = open_snapshot(config.model)
+    roots = [root.resolve() for root in config.roots] or [snapshot.path.parent]
+    log = config.server.log or Path("outputs") / "server.log"
+    print(f"starting a server for {snapshot.path} (log: {log})", flush=True)
+    async with local_server(config.server, snapshot.path, roots, log) as server:
+        print(f"{server.url}/v1 serves {snapshot.path.name.replace('_', '-')}; end it with Ctrl-C", flush=True)
+        if not (config.server.token or os.environ.get(TOKEN_VARIABLE)):
+            print(f"for sweeps: export {TOKEN_VARIABLE}={server.token}", flush=True)
+        await asyncio.Event().wait()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_cli(lambda: asyncio.run(serve(load_config(arguments, LaunchConfig))))
+
+
 def tail(log: Path, lines: int = 15) -> str:
     """The last lines of a server log, for error messages."""
     try:
@@ -177,3 +200,7 @@ def tail(log: Path, lines: int = 15) -> str:
     except OSError:
         return f"(no log at {log})"
     return "\n".join([f"--- last lines of {log}", *text[-lines:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -66,7 +66,7 @@ class ScoreCall(msgspec.Struct, forbid_unknown_fields=True):
 
 def pack(array: np.ndarray) -> str:
     """Base64 of a little-endian int32 or float32 array."""
-    return binascii.b2a_base64(np.ascontiguousarray(array), newline=False).decode("ascii")
+    return binascii.b2a_base64(np.ascontiguousarray(array).tobytes(), newline=False).decode("ascii")
 
 
 def unpack_ids(text: str) -> np.ndarray:

@@ -95,7 +95,7 @@ def hf_source() -> Pass:
     """The published environment's dataset; needs the extra `hf` and a way to the hub."""
     from datasets import load_dataset
 
-    lists = [entry["names"] for entry in load_dataset(HF_DATASET, split="train")]
+    lists = [entry["names"] for entry in load_dataset(HF_DATASET, split="train")]  # pyright: ignore[reportCallIssue,reportArgumentType]
     return lambda number: lists
 
 

@@ -27,7 +27,7 @@ def attempts(response: str, turn: int) -> list[str]:
 
 
 def similarity(attempt: str, truth: Sequence[str]) -> float:
-    """difflib's ratio between an attempted list and the true one, in [0, 1]; case and space around lines do not count."""
+    """difflib's ratio between an attempted list and the true one, in [0, 1]; case and outer space do not count."""
     given = "\n".join(line.strip().lower() for line in attempt.split("\n") if line.strip())
     expected = "\n".join(line.strip().lower() for line in truth)
     if not given or not expected:

@@ -8,6 +8,10 @@ Tasks and rewards are those of the published environment (verifiers, `environmen
 the generator is drawn from and every character of the prompts are part of that contract.
 """
 
+# verifiers' generic classes are invariant in their configuration, which its own tasksets narrow the same way.
+# pyright: reportInvalidTypeArguments=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import random
@@ -27,7 +31,7 @@ SEED = 1337420
 class AlphabetSortTaskConfig(vf.TaskConfig):
     """How answers are scored."""
 
-    similarity_power: int = Field(4, ge=1)
+    similarity_power: int = Field(default=4, ge=1)
     """Exponent on the sequence similarity; higher punishes small errors harder."""
     power_per_turn: bool = True
     """Raise each turn's similarity, then average (True); or average first, then raise the mean (False)."""
@@ -36,11 +40,11 @@ class AlphabetSortTaskConfig(vf.TaskConfig):
 class AlphabetSortConfig(vf.TasksetConfig):
     """How conversations are made."""
 
-    min_turns: int = Field(1, ge=1)
+    min_turns: int = Field(default=1, ge=1)
     """Fewest turns of a conversation."""
     max_turns: int = 3
     """Most turns of a conversation, at least `min_turns`."""
-    min_names_per_turn: int = Field(1, ge=1)
+    min_names_per_turn: int = Field(default=1, ge=1)
     """Fewest names that a turn brings."""
     max_names_per_turn: int = 5
     """Most names that a turn brings, at least `min_names_per_turn`."""

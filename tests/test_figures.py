@@ -1,0 +1,174 @@
+"""Figures: the right number in the right place, nothing hidden, nothing shown."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import xarray as xr
+from rlvr_landscape_analysis import (
+    difference_from_origin,
+    new_figure,
+    open_landscape,
+    point_mean,
+    reward_landscape,
+    save_figure,
+)
+from rlvr_landscape_analysis.__main__ import main
+
+FULL = ("alpha", "beta", "prompt", "rollout")
+ALPHAS = np.array([-0.1, 0.0, 0.05, 0.2])
+BETAS = np.array([-0.3, 0.0, 0.1])
+
+
+def synthetic(alphas=ALPHAS, betas=BETAS, prompts=24, rollouts=4, noise=0.02, seed=0):
+    """A peak at the origin that falls faster along β than along α, with a KL that grows to match."""
+    rng = np.random.default_rng(seed)
+    a, b = np.meshgrid(alphas, betas, indexing="ij")
+    distance = (a / 0.2) ** 2 + (b / 0.1) ** 2
+    shape = (len(alphas), len(betas), prompts, rollouts)
+    reward = 0.5 * np.exp(-distance)[..., None, None] + rng.normal(0, 0.1, (1, 1, prompts, 1))
+    reward = reward + rng.normal(0, noise, shape)
+    kl = 6 * distance[..., None, None] + rng.normal(0, noise, shape)
+    kl[(a == 0) & (b == 0)] = 0
+    units = {"reward": "1", "kl_k1": "nat"}
+    data = {"reward": reward, "kl_k1": kl}
+    return xr.Dataset(
+        {k: (FULL, v.astype("f4"), {"units": units[k], "long_name": k}) for k, v in data.items()},
+        coords={"alpha": alphas, "beta": betas, "step": 10, "slice_seed": 3},
+    )
+
+
+def test_alpha_is_horizontal_on_a_grid_that_is_neither_square_nor_symmetric():
+    data = synthetic()
+    drawn = reward_landscape(data)
+    mesh, ax = drawn["mesh"], drawn["ax"]
+    colours = np.asarray(mesh.get_array()).reshape(len(BETAS), len(ALPHAS))
+    expected = data.reward.mean(["prompt", "rollout"])
+    for i, alpha in enumerate(ALPHAS):
+        for j, beta in enumerate(BETAS):
+            assert colours[j, i] == pytest.approx(expected.sel(alpha=alpha, beta=beta).item(), abs=1e-6)
+    assert ax.get_xlim()[0] <= ALPHAS[0] < ALPHAS[-1] <= ax.get_xlim()[1]
+    assert ax.get_ylim()[0] <= BETAS[0] < BETAS[-1] <= ax.get_ylim()[1]
+    assert "α" in ax.get_xlabel()
+    assert "β" in ax.get_ylabel()
+    assert ax.get_aspect() == 1.0
+
+
+def test_the_order_of_dimensions_does_not_matter():
+    data = synthetic()
+    colours = [
+        reward_landscape(d)["mesh"].get_array() for d in (data, data.transpose("rollout", "beta", "prompt", ...))
+    ]
+    np.testing.assert_allclose(colours[0], colours[1], rtol=1e-5)
+
+
+def test_what_is_drawn_is_labelled():
+    drawn = reward_landscape(synthetic())
+    assert drawn["colorbar"].ax.get_ylabel() == "mean reward"
+    title = drawn["ax"].get_title()
+    assert "step 10, slice 3, 24 prompts × 4 rollouts" in title
+    assert "lines: KL in nat" in title
+    assert drawn["mesh"].get_rasterized()
+    assert drawn["mesh"].get_cmap().name == "viridis"
+    np.testing.assert_array_equal(np.ravel(drawn["origin"].get_data()), [0, 0])
+
+
+def test_contours_are_kl_levels_above_zero():
+    drawn = reward_landscape(synthetic())
+    levels = drawn["contours"].levels
+    assert len(levels) >= 3
+    assert np.all(levels > 0)
+
+
+@pytest.mark.parametrize("kl", [0.0, -0.01, np.nan])
+def test_a_flat_or_noisy_kl_has_no_contours(kl):
+    data = synthetic()
+    data["kl_k1"] = xr.full_like(data.kl_k1, kl)
+    drawn = reward_landscape(data)
+    assert drawn["contours"] is None
+    assert "KL" not in drawn["ax"].get_title()
+
+
+def test_dots_mark_the_points_that_cannot_be_told_from_the_origin():
+    same = synthetic(noise=0.0)
+    same["reward"] = same.reward.isel(alpha=1, beta=1, drop=True).broadcast_like(same.reward).copy()
+    rng = np.random.default_rng(1)
+    same["reward"] = same.reward + rng.normal(0, 0.05, same.reward.transpose(*FULL).shape)
+    better = same.reward.copy()
+    better[3, 2] += 0.5
+    drawn = reward_landscape(same.assign(reward=better))
+    dots = {(round(float(a), 3), round(float(b), 3)) for a, b in zip(*drawn["dots"].get_data(), strict=True)}
+    assert (0.2, 0.1) not in dots
+    assert (0.0, 0.0) not in dots
+    assert len(dots) >= 7
+    assert "dots: within 2 SE" in drawn["ax"].get_title()
+
+
+def test_the_difference_from_the_origin_is_paired_over_prompts():
+    data = synthetic(noise=0.0)
+    paired = difference_from_origin(data.reward)
+    alone = point_mean(data.reward)
+    assert float(paired.standard_error.max()) < 1e-6 < float(alone.standard_error.min())
+    assert float(paired["mean"].sel(alpha=0, beta=0)) == 0
+    assert paired["mean"].attrs["units"] == "1"
+
+
+def test_failed_rollouts_are_left_out():
+    data = synthetic()
+    data["reward"][0, 0, 0, 0] = np.nan
+    assert np.isfinite(point_mean(data.reward)["mean"]).all()
+    assert np.isfinite(np.asarray(reward_landscape(data)["mesh"].get_array())).all()
+
+
+def test_a_given_axes_and_colour_scale_are_used():
+    _, ax = new_figure()
+    drawn = reward_landscape(synthetic(), ax, vmin=0.0, vmax=1.0)
+    assert drawn["ax"] is ax
+    assert drawn["mesh"].get_clim() == (0.0, 1.0)
+
+
+def test_drawing_leaves_global_settings_alone():
+    before = dict(matplotlib.rcParams)
+    reward_landscape(synthetic())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_figures_are_saved_for_print(tmp_path):
+    data = synthetic()
+    figure, ax = new_figure()
+    reward_landscape(data, ax)
+    pdf, png = save_figure(figure, tmp_path / "new" / "panel.v2")
+    assert [path.name for path in (pdf, png)] == ["panel.v2.pdf", "panel.v2.png"]
+    assert pdf.read_bytes().startswith(b"%PDF")
+    assert b"/Type3" not in pdf.read_bytes()
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_draws_every_landscape_of_a_run(tmp_path, capsys):
+    for step in (0, 10):
+        synthetic().assign_coords(step=step).to_netcdf(tmp_path / f"landscape_step{step:06d}_slice0.nc")
+    assert main([str(tmp_path)]) == 0
+    printed = [line.removeprefix("figure ") for line in capsys.readouterr().out.splitlines()]
+    assert sorted(printed) == sorted(str(path) for path in (tmp_path / "figures").iterdir())
+    assert len(printed) == 4
+
+
+def test_mistakes_are_named_without_a_traceback(tmp_path, capsys):
+    assert main([str(tmp_path / "absent")]) == 2
+    assert "holds no landscape_step*_slice*.nc" in capsys.readouterr().err
+    synthetic().drop_vars("kl_k1").to_netcdf(tmp_path / "landscape_step000000_slice0.nc")
+    assert main([str(tmp_path)]) == 2
+    assert "it has no kl_k1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is not a landscape dataset"):
+        open_landscape(tmp_path / "landscape_step000000_slice0.nc")
+
+
+def test_analysis_imports_nothing_heavy():
+    heavy = {"torch", "vllm", "transformers", "verifiers", "rlvr_landscape_plugin"}
+    code = f"import sys, rlvr_landscape_analysis as r; print({heavy} & {{m.split('.')[0] for m in sys.modules}})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "set()"

@@ -1,0 +1,398 @@
+"""The journal and its netCDF: nothing half-written, nothing mixed, nothing transposed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import xarray as xr
+
+from rlvr_landscape_plugin.errors import StoreError
+from rlvr_landscape_plugin.store import FULL, POINT, SCHEMA, Journal, landscapes
+
+matplotlib.use("Agg")
+ALPHAS = np.array([-0.1, 0.0, 0.2])
+BETAS = np.array([-0.3, -0.1, 0.0, 0.1])
+PROMPTS, ROLLOUTS = 5, 2
+CELL = ("prompt", "rollout")
+
+
+def identity(**changes):
+    return {
+        "configuration": {"seed": 0, "env": {"id": "x", "rollouts": ROLLOUTS}},
+        "step": 0,
+        "slice": {"seed": 0},
+    } | changes
+
+
+def base_batch(seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (PROMPTS, ROLLOUTS)
+    data = {name: (CELL, rng.random(shape)) for name, v in SCHEMA.items() if v.dims == CELL and "recheck" not in name}
+    data["base_status"] = (CELL, np.zeros(shape, np.int8))
+    data["base_tokens"] = (CELL, rng.integers(1, 9, shape).astype(np.int32))
+    return xr.Dataset(data | {"token_id": ("token", np.arange(7, dtype=np.int32))})
+
+
+def point(i, j, shape=(PROMPTS, ROLLOUTS)):
+    """Every value says where it belongs: reward = 100 i + 10 j + prompt + rollout / 10."""
+    p, r = np.indices(shape)
+    data = {}
+    for name, variable in SCHEMA.items():
+        if variable.dims == FULL and variable.required:
+            data[name] = (CELL, 100.0 * i + 10 * j + p + r / 10)
+        elif variable.dims == POINT:
+            data[name] = ((), 10.0 * i + j)
+    for name in ("status", "truncated"):
+        data[name] = (CELL, np.zeros(shape, np.int8))
+    data["completion_tokens"] = (CELL, np.full(shape, 10 * i + j, np.int32))
+    return xr.Dataset(data)
+
+
+def recheck():
+    zeros = np.zeros((PROMPTS, ROLLOUTS))
+    return xr.Dataset({"recheck_logprob": (CELL, zeros), "recheck_max_difference": (CELL, zeros)})
+
+
+def journal_at(path, **changes):
+    return Journal(path, ALPHAS, BETAS, identity(**changes))
+
+
+def finished(path, **changes):
+    journal = journal_at(path, **changes)
+    journal.write_base(base_batch())
+    for cell in np.ndindex(len(ALPHAS), len(BETAS)):
+        journal.write_point(*cell, point(*cell))
+    journal.write_recheck(recheck())
+    return journal
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return finished(tmp_path / "run")
+
+
+@pytest.fixture
+def landscape(journal, tmp_path):
+    return journal.consolidate(tmp_path / "landscape_step000000_slice0.nc", {"title": "a test"})
+
+
+def test_axes_keep_their_order_on_a_grid_that_is_neither_square_nor_symmetric(landscape):
+    with xr.open_dataset(landscape) as data:
+        assert dict(data.sizes) == {"alpha": 3, "beta": 4, "prompt": PROMPTS, "rollout": ROLLOUTS}
+        assert data.reward.dims == ("alpha", "beta", "prompt", "rollout")
+        for (i, alpha), (j, beta) in ((a, b) for a in enumerate(ALPHAS) for b in enumerate(BETAS)):
+            here = data.sel(alpha=alpha, beta=beta)
+            assert here.reward.sel(prompt=3, rollout=1).item() == pytest.approx(100 * i + 10 * j + 3.1)
+            assert here.realised_step.item() == 10 * i + j
+            assert (here.completion_tokens == 10 * i + j).all()
+
+
+def test_the_dataset_describes_itself(landscape):
+    with xr.open_dataset(landscape) as data:
+        for name, variable in data.variables.items():
+            assert variable.attrs.get("long_name"), name
+            assert variable.attrs.get("units"), name
+        assert {"alpha", "beta", "prompt", "rollout", "step", "slice_seed"} == set(data.coords)
+        assert data.reward.dtype == np.float32
+        assert data.reward.encoding["zlib"]
+        assert data.status.attrs["flag_meanings"] == "ok truncated error"
+        assert data.attrs["title"] == "a test"
+        assert len(data.attrs["history"].splitlines()) == 1
+        assert len(data.attrs["configuration_sha256"]) == 64
+        data.reward.mean(["prompt", "rollout"]).plot()
+
+
+def test_steps_concatenate_with_concat_and_open_mfdataset(tmp_path):
+    paths = []
+    for step in (0, 10, 2):
+        run = finished(tmp_path / f"run{step}", step=step)
+        paths.append(run.consolidate(tmp_path / f"landscape_step{step:06d}_slice0.nc", {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        joined = xr.concat([xr.load_dataset(path) for path in paths], dim="step")
+        assert joined.step.values.tolist() == [0, 10, 2]
+        assert joined.reward.sizes["step"] == 3
+        assert joined.sel(step=10).reward.dims == ("alpha", "beta", "prompt", "rollout")
+    assert list(landscapes(tmp_path)) == sorted(paths)
+    with xr.open_mfdataset(paths, combine="nested", concat_dim="step") as many:
+        assert many.step.values.tolist() == [0, 10, 2]
+
+
+def test_points_and_the_base_batch_come_back_as_they_were_written(journal):
+    xr.testing.assert_identical(journal.read_base().drop_attrs(), base_batch())
+    xr.testing.assert_identical(journal.read_point(2, 1).drop_attrs(), point(2, 1))
+
+
+def test_the_first_writer_wins(journal):
+    journal.write_point(0, 0, point(2, 3))
+    assert journal.read_point(0, 0).reward[0, 0] == 0
+    kept = journal.write_base(base_batch(seed=1))
+    xr.testing.assert_identical(kept.drop_attrs(), base_batch(seed=0))
+
+
+def test_status_and_done_agree(tmp_path):
+    journal = journal_at(tmp_path)
+    journal.write_base(base_batch())
+    assert (journal.done(), journal.status()) == (set(), (0, 12))
+    journal.write_point(0, 3, point(0, 3))
+    assert (journal.done(), journal.status()) == ({(0, 3)}, (1, 12))
+    with pytest.raises(StoreError, match=r"point \(1, 1\) .* is not measured yet"):
+        journal.read_point(1, 1)
+
+
+def test_another_configuration_is_refused_and_every_difference_named(journal):
+    other = {"seed": 7, "env": {"id": "x", "rollouts": 9}}
+    with pytest.raises(StoreError) as caught:
+        journal_at(journal.root, configuration=other)
+    assert "configuration.seed: 0 there, 7 asked for" in str(caught.value)
+    assert "configuration.env.rollouts: 2 there, 9 asked for" in str(caught.value)
+    assert "env.id" not in str(caught.value)
+    with pytest.raises(StoreError, match=r"axes\.beta"):
+        Journal(journal.root, ALPHAS, BETAS[:3], identity())
+
+
+def test_another_landscape_is_not_overwritten(landscape, tmp_path):
+    before = landscape.read_bytes()
+    assert finished(tmp_path / "run").consolidate(landscape, {}) == landscape
+    assert landscape.read_bytes() == before
+    with pytest.raises(StoreError, match="holds another landscape"):
+        finished(tmp_path / "other", step=3).consolidate(landscape, {})
+    landscape.write_bytes(b"not netCDF")
+    with pytest.raises(StoreError, match="not a readable dataset"):
+        finished(tmp_path / "run").consolidate(landscape, {})
+
+
+def test_an_unfinished_sweep_is_not_consolidated(tmp_path):
+    journal = journal_at(tmp_path / "run")
+    journal.write_base(base_batch())
+    journal.write_point(1, 2, point(1, 2))
+    with pytest.raises(StoreError, match="lacks 11 of 12 points"):
+        journal.consolidate(tmp_path / "out.nc", {})
+    assert not list(tmp_path.glob("*.nc"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign"])
+def test_a_damaged_point_is_moved_aside_and_measured_again(journal, tmp_path, damage):
+    path = journal.root / "points" / "a001_b002.nc"
+    whole = path.read_bytes()
+    if damage == "foreign":
+        finished(tmp_path / "foreign", step=5)
+        content = (tmp_path / "foreign" / "points" / "a001_b002.nc").read_bytes()
+    else:
+        content = {"empty": b"", "cut": whole[: len(whole) * 2 // 3]}[damage]
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"a001_b002\.nc was moved to .*\.corrupt and will be measured again"):
+        assert (1, 2) not in journal.done()
+    aside = list(path.parent.glob("*.corrupt"))
+    assert [file.read_bytes() for file in aside] == [content]
+    with pytest.raises(StoreError, match="lacks 1 of 12 points"):
+        journal.consolidate(tmp_path / "out.nc", {})
+    journal.write_point(1, 2, point(1, 2))
+    assert journal.consolidate(tmp_path / "out.nc", {}).exists()
+
+
+def test_a_flipped_bit_never_changes_a_value_unseen(journal):
+    path = journal.root / "points" / "a001_b002.nc"
+    whole, rng, refused = path.read_bytes(), random.Random(3), 0
+    for at in rng.sample(range(len(whole)), 60):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if (1, 2) in journal.done():
+                assert journal.read_point(1, 2).equals(point(1, 2)), at
+            else:
+                refused += 1
+    assert refused > 0
+
+
+def test_points_of_another_base_batch_are_not_mixed_in(journal):
+    (journal.root / "base.nc").unlink()
+    again = journal_at(journal.root)
+    again.write_base(base_batch(seed=1))
+    again.write_point(0, 0, point(0, 0))
+    with pytest.warns(UserWarning, match="another base batch"):
+        assert again.done() == set()
+    (journal.root / "base.nc").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"base\.nc is damaged"):
+        journal_at(journal.root).read_base()
+
+
+def test_an_unreadable_file_is_not_called_corrupt(journal, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(StoreError, match="Too many open files; nothing was changed"):
+        journal.done()
+    assert not list(journal.root.rglob("*.corrupt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.drop_vars("kl_k1"), "no variable 'kl_k1'"),
+        (lambda d: d.assign(rewrad=d.reward), "does not know: rewrad"),
+        (lambda d: d.transpose("rollout", "prompt"), "has dims"),
+        (lambda d: d.assign(reward=d.reward.where(d.prompt > 0)), "missing without status 2"),
+        (lambda d: d.isel(prompt=slice(0)), "needs the dimensions"),
+    ],
+)
+def test_a_wrong_point_is_refused(tmp_path, change, message):
+    journal = journal_at(tmp_path)
+    whole = point(0, 0).assign_coords(prompt=np.arange(PROMPTS))
+    with pytest.raises(StoreError, match=message):
+        journal.write_point(0, 0, change(whole))
+    with pytest.raises(StoreError, match="outside the grid"):
+        journal.write_point(3, 0, whole)
+    assert not list((tmp_path / "points").iterdir())
+
+
+def test_a_failed_rollout_is_data(journal, tmp_path):
+    path = journal.root / "points" / "a000_b001.nc"
+    path.unlink()
+    failed = point(0, 1)
+    failed["reward"][2, 1], failed["status"][2, 1] = np.nan, 2
+    journal.write_point(0, 1, failed)
+    with xr.open_dataset(journal.consolidate(tmp_path / "out.nc", {})) as data:
+        assert np.isnan(data.reward).sum() == 1
+        assert data.status[0, 1, 2, 1] == 2
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_store import *
+journal = journal_at(Path({root!r}))
+journal.write_base(base_batch())
+print("ready", flush=True)
+while True:
+    for cell in np.ndindex(len(ALPHAS), len(BETAS)):
+        (journal.root / "points" / "a{{:03d}}_b{{:03d}}.nc".format(*cell)).unlink(missing_ok=True)
+        journal.write_point(*cell, point(*cell))
+"""
+
+
+def test_kill_9_at_any_moment_leaves_no_half_written_point(tmp_path):
+    rng = random.Random(5)
+    code = WRITER.format(tests=str(Path(__file__).parent), root=str(tmp_path))
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0.0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        journal = journal_at(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            done = journal.done()
+        assert len(done) == journal.status()[0]
+        for i, j in done:
+            xr.testing.assert_identical(journal.read_point(i, j).drop_attrs(), point(i, j))
+
+
+def test_what_a_killed_writer_left_long_ago_is_removed(tmp_path):
+    journal_at(tmp_path)
+    old, new = tmp_path / "points" / ".a000_b000.nc.1.x.tmp", tmp_path / "points" / ".a000_b001.nc.1.x.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    journal_at(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_processes_may_share_a_directory(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"from test_store import *\nfinished(Path({str(tmp_path / 'run')!r}))"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    journal = journal_at(tmp_path / "run")
+    assert len(journal.done()) == 12
+    assert not list(journal.root.rglob(".*.tmp"))
+    assert not list(journal.root.rglob("*.corrupt"))
+
+
+def test_a_full_disk_is_named_and_leaves_no_scratch(journal, monkeypatch):
+    (journal.root / "points" / "a000_b000.nc").unlink()
+
+    def full(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", full)
+    with pytest.raises(StoreError, match=r"a000_b000\.nc: the disk is full .*finished points are safe"):
+        journal.write_point(0, 0, point(0, 0))
+    assert journal.status() == (11, 12)
+    assert not list(journal.root.rglob(".*.tmp"))
+
+
+FILL = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_store
+from test_store import *
+root = Path(sys.argv[1])
+def leave(kib):
+    import shutil
+    (root / "ballast").write_bytes(bytes(shutil.disk_usage(root).free - kib * 1024))
+test_store.PROMPTS = 400
+journal = journal_at(root / "run")
+rng = np.random.default_rng(0)
+def noisy(i, j):
+    data = point(i, j, (400, 2))
+    for name in ("reward", "kl_k1", "kl_k3", "surrogate", "entropy", "clip_fraction"):
+        data[name] = (CELL, rng.random((400, 2)))
+    return data
+base = base_batch()
+journal.write_base(base)
+try:
+    if sys.argv[2] == "points":
+        leave(250)
+    for cell in np.ndindex(3, 4):
+        journal.write_point(*cell, noisy(*cell))
+    zeros = np.zeros((400, 2))
+    journal.write_recheck(xr.Dataset({{"recheck_logprob": (CELL, zeros), "recheck_max_difference": (CELL, zeros)}}))
+    leave(60)
+    journal.consolidate(root / "out.nc", {{}})
+except StoreError as error:
+    print(error)
+done = journal.done()
+print("whole", len(done), journal.status()[0], len(list(root.rglob(".*.tmp"))), (root / "out.nc").exists())
+"""
+
+
+@pytest.mark.parametrize("during", ["points", "dataset"])
+def test_a_really_full_disk(tmp_path, during):
+    """On a small file system, mounted in a namespace of its own."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("mounting a small file system needs root and unshare")
+    code = FILL.format(tests=str(Path(__file__).parent))
+    script = 'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$1" -c "$2" "$0" "$3"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, str(tmp_path), sys.executable, code, during],
+        capture_output=True,
+        text=True,
+    )
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no mount here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert "the disk is full" in done.stdout, done.stdout
+    assert "finished points are safe" in done.stdout
+    whole, named, scratch, dataset = done.stdout.split("whole ")[1].split()
+    assert whole == named
+    assert (int(whole) == 12) == (during == "dataset")
+    assert (scratch, dataset) == ("0", "False")

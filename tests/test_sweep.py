@@ -1,0 +1,347 @@
+"""Whole sweeps through the command line, against a real server: numbers, resumption, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import reference
+import xarray as xr
+from conftest import POLICY, ROOT, TASKSET, start_sweep
+from rlvr_alphabet_sort.rules import episode_reward
+
+from rlvr_landscape_plugin.config import SweepConfig
+from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
+from rlvr_landscape_plugin.episodes import load_tasks, open_environment, prompts_hash
+from rlvr_landscape_plugin.measure import BaseBatch
+from rlvr_landscape_plugin.snapshot import open_snapshot
+from rlvr_landscape_plugin.sweep import grid_order
+
+matplotlib.use("Agg")
+pytestmark = pytest.mark.server
+NAME = "step000000_slice0"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, server) -> Path:
+    """The output directory of one undisturbed small sweep, traces kept."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    process = start_sweep(output, server, "--save-traces")
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return output
+
+
+@pytest.fixture
+def data(finished) -> xr.Dataset:
+    return xr.open_dataset(finished / f"landscape_{NAME}.nc")
+
+
+@pytest.fixture
+def base(finished) -> BaseBatch:
+    with xr.open_dataset(finished / NAME / "base.nc") as file:
+        return BaseBatch.from_dataset(file.load())
+
+
+def test_the_dataset_is_plain_labelled_xarray(data):
+    assert dict(data.sizes) == {"alpha": 3, "beta": 4, "prompt": 6, "rollout": 3}
+    assert data.alpha.values.tolist() == pytest.approx([-0.1, 0.0, 0.15])
+    assert data.beta.values.tolist() == pytest.approx([-0.05, 0.0, 0.05, 0.1])
+    for name, variable in data.variables.items():
+        assert variable.attrs.get("long_name"), name
+        assert variable.attrs.get("units"), name
+    data.reward.mean(["prompt", "rollout"]).plot()
+    assert ((data.reward >= 0) & (data.reward <= 1)).all()
+    assert (data.status != 2).all()
+    stacked = xr.concat([data, data.assign_coords(step=1)], "step")
+    assert stacked.sizes["step"] == 2
+
+
+def test_the_origin_is_exact(data):
+    origin = data.sel(alpha=0.0, beta=0.0)
+    for name in ("kl_k1", "kl_k3", "clip_fraction", "realised_step"):
+        assert (origin[name] == 0).all(), name
+    weighted = float((data.base_advantage * data.base_tokens).sum() / data.base_tokens.sum())
+    surrogate = float(origin.surrogate.astype(np.float64).sum() / data.base_tokens.sum())
+    assert surrogate == pytest.approx(weighted, abs=1e-7)
+    exact = (data.base_advantage * data.base_tokens).astype(np.float32)
+    np.testing.assert_array_equal(origin.surrogate.values, exact.values)
+
+
+def test_kl_and_surrogate_agree_with_transformers(data, base):
+    """Three points, a corner included: transformers in float32 over weights perturbed from the definition."""
+    checkpoint = reference.perturbed(POLICY, 0, 0.0, 0.0)
+
+    def said(model, p: int, r: int) -> np.ndarray:
+        (segment,) = base.segments[p][r]
+        return reference.logprobs(model, segment.tokens)[segment.sampled[1:]]
+
+    for alpha, beta in ((-0.1, -0.05), (0.0, 0.1), (0.15, 0.1)):
+        point = data.sel(alpha=alpha, beta=beta, method="nearest")
+        model = reference.perturbed(POLICY, 0, float(point.alpha), float(point.beta))
+        for p, r in np.ndindex(6, 3):
+            old, new = said(checkpoint, p, r), said(model, p, r)
+            count, advantage = len(old), float(data.base_advantage[p, r])
+            assert int(data.base_tokens[p, r]) == count
+            ratio = np.exp(new - old)
+            clipped = np.clip(ratio, 0.8, 1.2)
+            expected = {
+                "kl_k1": np.sum(old - new),
+                "kl_k3": np.sum(ratio - 1 - (new - old)),
+                "surrogate": np.sum(np.minimum(ratio * advantage, clipped * advantage)),
+            }
+            for name, value in expected.items():
+                assert float(point[name][p, r]) / count == pytest.approx(value / count, abs=1e-3), name
+
+
+def test_rewards_are_the_rules_on_the_saved_traces(finished, data):
+    infos = [task.data.info for task in load_tasks(open_environment("rlvr-alphabet-sort", TASKSET), 6)]
+    seen = 0
+    for i, j in np.ndindex(3, 4):
+        lines = (finished / NAME / "traces" / f"a{i:03d}_b{j:03d}.jsonl").read_text().splitlines()
+        for cell, line in zip(np.ndindex(6, 3), lines, strict=True):
+            trace = json.loads(line)
+            replies = [n["message"]["content"] for n in trace["nodes"] if n["sampled"]]
+            expected = episode_reward(replies, infos[cell[0]]["ground_truths"], 4, True)
+            assert float(data.reward[i, j][cell]) == pytest.approx(expected, abs=1e-6)
+            seen += 1
+    assert seen == 3 * 4 * 6 * 3
+
+
+def test_numerical_noise_is_recorded_and_small(data):
+    tokens = float(data.base_tokens.sum())
+    assert abs(float((data.base_sampled_logprob - data.base_logprob).sum())) / tokens < 1e-4
+    assert float(data.recheck_max_difference.max()) < 1e-4
+    assert float(np.abs(data.recheck_logprob - data.base_logprob).max()) < 1e-3
+
+
+def test_points_differ_and_kl_grows_outward(data):
+    kl = data.kl_k1.mean(["prompt", "rollout"])
+    assert (
+        float(kl.sel(alpha=0.15, beta=0.1, method="nearest")) > float(kl.sel(alpha=0, beta=0.05, method="nearest")) > 0
+    )
+    assert float(data.realised_step.sel(alpha=0.15, beta=0.0, method="nearest")) == pytest.approx(0.15, rel=1e-3)
+
+
+def test_attributes_suffice_to_repeat_the_sweep(data):
+    config = SweepConfig.from_provenance(json.loads(data.attrs["configuration"]))
+    spec = SliceSpec(**json.loads(data.attrs["slice"]))
+    assert spec.seed == int(data.slice_seed)
+    assert fingerprint(spec, open_snapshot(POLICY).shapes) == data.attrs["directions_fingerprint"]
+    tasks = load_tasks(open_environment(config.env.id, config.env.taskset), config.env.num_prompts)
+    assert prompts_hash(tasks) == data.attrs["prompts_sha256"]
+    assert open_snapshot(POLICY).sha256 == data.attrs["snapshot_sha256"]
+    np.testing.assert_array_equal(config.grid.alpha.values(), data.alpha.values)
+    np.testing.assert_array_equal(config.grid.beta.values(), data.beta.values)
+    assert {"vllm", "dtype", "device"} <= set(json.loads(data.attrs["servers"])[0])
+    assert "token" not in str(data.attrs).lower().replace("tokens", "").replace("max_token", "")
+
+
+def test_a_second_server_session_measures_the_same(finished, data, sweep, tmp_path):
+    """Sampling seeds, directions and prompts are functions of the configuration alone."""
+    assert sweep().returncode == 0
+    again = xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc")
+    np.testing.assert_allclose(again.base_reward, data.base_reward)
+    assert float((again.reward != data.reward).mean()) < 0.02, "float rounding may flip a rare token, no more"
+
+
+def test_finished_sweeps_start_no_server_and_other_configurations_are_refused(finished):
+    done = start_sweep(finished, None)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert "starting" not in err
+    other = start_sweep(finished, None, "--sampling.max-tokens", "32", "--grid.beta.points", "5")
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == 2
+    assert "configuration.sampling.max_tokens: 64 there, 32 asked for" in err
+    assert "configuration.grid.beta.points: 4 there, 5 asked for" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_kill_9_at_five_moments_loses_nothing(server, tmp_path, data):
+    output = tmp_path / "out"
+    rng = random.Random(0)
+    points = output / NAME / "points"
+    written: dict[str, tuple[int, bytes]] = {}
+    for attempt in range(5):
+        process = start_sweep(output, server)
+        target = len(written) + rng.randint(0, 3)
+        deadline = time.monotonic() + 120
+        while len(list(points.glob("a*.nc"))) < target and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.5) if attempt else 2.0)
+        process.kill()
+        process.communicate()
+        for path in points.glob("a*.nc") if points.exists() else ():
+            state = (path.stat().st_mtime_ns, path.read_bytes())
+            assert written.setdefault(path.name, state) == state, "a finished point was touched"
+            with xr.open_dataset(path) as point:
+                assert point.reward.notnull().all()
+    process = start_sweep(output, server)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    for name, state in written.items():
+        assert ((points / name).stat().st_mtime_ns, (points / name).read_bytes()) == state
+    assert len(list(points.glob("a*.nc"))) == 12
+    assert not list(output.rglob("*.corrupt"))
+    with xr.open_dataset(output / f"landscape_{NAME}.nc") as final:
+        assert final.reward.notnull().all()
+        np.testing.assert_allclose(final.base_reward, data.base_reward)
+        assert float((final.reward != data.reward).mean()) < 0.02
+
+
+def test_ctrl_c_stops_cleanly(server, tmp_path):
+    process = start_sweep(tmp_path / "out", server)
+    points = tmp_path / "out" / NAME / "points"
+    while len(list(points.glob("a*.nc"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; finished points are kept" in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env.id", "no-such-taskset"], "'no-such-taskset' (env.id) is not installed"),
+        (["--env.taskset", '{"min_turns": 9}'], "min_turns = 9 exceeds max_turns = 2"),
+        (["--snapshots", "/nowhere"], "is not a directory"),
+        (["--snapshots", '["tiny-sorter", "tiny-sorter"]'], "both say step 0"),
+        (["--server.urls", '["http://127.0.0.1:9"]'], "connection failed"),
+        (["--output", "/proc/nothing"], "cannot write /proc/nothing"),
+    ],
+)
+def test_mistakes_get_a_message_and_no_traceback(sweep, arguments, message):
+    done = sweep(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_token_is_named(sweep):
+    done = sweep(token="wrong")
+    assert done.returncode == 2
+    assert "wrong or missing bearer token" in done.stderr
+
+
+def test_a_server_without_the_plugin_is_named(sweep):
+    code = (
+        "from http.server import *\n"
+        "class H(BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_error(404)\n"
+        "s = HTTPServer(('127.0.0.1', 0), H); print(s.server_port, flush=True); s.serve_forever()"
+    )
+    with subprocess.Popen(
+        ["python3", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as stub:
+        assert stub.stdout is not None
+        done = sweep("--server.urls", f'["http://127.0.0.1:{stub.stdout.readline().strip()}"]')
+        stub.kill()
+    assert done.returncode == 2
+    assert "VLLM_PLUGINS=rlvr_landscape" in done.stderr
+
+
+def test_a_taken_port_is_named(tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        process = start_sweep(tmp_path / "out", None, "--server.port", str(holder.getsockname()[1]))
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "is in use; choose another with --server.port" in err
+
+
+def test_unfit_checkpoints_are_named_before_a_server_starts(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    bad = tmp_path / "step_000001"
+    shutil.copytree(POLICY, bad)
+    tensors = load_file(bad / "model.safetensors")
+    tensors.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(tensors, bad / "model.safetensors", {"format": "pt"})
+    started = time.monotonic()
+    process = start_sweep(tmp_path / "out", None, "--snapshots", str(bad))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "tensor 'model.layers.0.self_attn.q_proj.weight' is missing" in err
+    assert "starting a vLLM server" not in err
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_a_launched_server_dies_with_a_killed_sweep_and_a_dead_server_is_reported(tmp_path):
+    import psutil
+
+    def servers() -> list[psutil.Process]:
+        marker = str(tmp_path)
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline", "environ"]):
+            environment = process.info["environ"] or {}
+            if environment.get("RLVR_TEST_MARK") == marker and process.info["pid"] not in (os.getpid(),):
+                found.append(process)
+        return found
+
+    os.environ["RLVR_TEST_MARK"] = str(tmp_path)
+    try:
+        process = start_sweep(tmp_path / "out", None)
+        points = tmp_path / "out" / NAME / "points"
+
+        def wait_for(count: int) -> None:
+            deadline = time.monotonic() + 240
+            while len(list(points.glob("a*.nc"))) < count and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert process.poll() is None, process.communicate()[1]
+
+        wait_for(2)
+        process.kill()
+        process.communicate()
+        deadline = time.monotonic() + 60
+        while servers() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not servers(), "the server outlived a killed sweep"
+
+        kept = len(list(points.glob("a*.nc")))
+        process = start_sweep(tmp_path / "out", None)
+        wait_for(kept + 1)
+        for victim in servers():
+            if victim.pid != process.pid and "tether" not in " ".join(victim.cmdline()):
+                victim.kill()
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "the same command continues" in err
+        assert "Traceback (most recent call last):\n  File" not in err.split("--- last lines")[0]
+        assert len(list(points.glob("a*.nc"))) >= kept + 1
+    finally:
+        del os.environ["RLVR_TEST_MARK"]
+
+
+def test_points_are_ordered_from_the_origin_outward():
+    alphas, betas = np.array([-0.1, 0.0, 0.15]), np.array([-0.05, 0.0, 0.1])
+    order = grid_order(alphas, betas)
+    assert order[0] == (1, 1)
+    assert sorted(order) == [(i, j) for i in range(3) for j in range(3)]
+    radii = [alphas[i] ** 2 + betas[j] ** 2 for i, j in order]
+    assert radii == sorted(radii)
+
+
+def test_dry_run_needs_nothing(tmp_path):
+    process = start_sweep(tmp_path / "out", None, "--dry-run")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "3 × 4 = 12 points" in out
+    assert not (tmp_path / "out").exists()
+    assert (ROOT / "configs" / "sweep" / "quickstart.toml").is_file()

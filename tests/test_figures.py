@@ -93,18 +93,39 @@ def test_a_flat_or_noisy_kl_has_no_contours(kl):
     assert "KL" not in drawn["ax"].get_title()
 
 
+def without_effect(seed):
+    """Every point has the origin's expected reward."""
+    data = synthetic(noise=0.0)
+    data["reward"] = data.reward.isel(alpha=1, beta=1, drop=True).broadcast_like(data.reward).transpose(*FULL)
+    return data.assign(reward=data.reward + np.random.default_rng(seed).normal(0, 0.05, data.reward.shape))
+
+
+def test_two_standard_errors_hold_what_they_promise():
+    outside = []
+    for seed in range(60):
+        difference = difference_from_origin(without_effect(seed).reward)
+        outside.append(np.abs(difference["mean"]) >= 2 * difference.standard_error)
+    rate = np.mean([flags.values[flags.alpha != 0] for flags in outside])
+    assert 0.02 < rate < 0.12  # 5.7 % for Student's t with 23 degrees of freedom
+
+
 def test_dots_mark_the_points_that_cannot_be_told_from_the_origin():
-    same = synthetic(noise=0.0)
-    same["reward"] = same.reward.isel(alpha=1, beta=1, drop=True).broadcast_like(same.reward).copy()
-    rng = np.random.default_rng(1)
-    same["reward"] = same.reward + rng.normal(0, 0.05, same.reward.transpose(*FULL).shape)
-    better = same.reward.copy()
-    better[3, 2] += 0.5
-    drawn = reward_landscape(same.assign(reward=better))
-    dots = {(round(float(a), 3), round(float(b), 3)) for a, b in zip(*drawn["dots"].get_data(), strict=True)}
+    data = without_effect(seed=1)
+    data["reward"][3, 2] += 0.5
+    difference = difference_from_origin(data.reward)
+    drawn = reward_landscape(data)
+    dots = {(float(a), float(b)) for a, b in zip(*drawn["dots"].get_data(), strict=True)}
+    expected = {
+        (alpha, beta)
+        for alpha in ALPHAS
+        for beta in BETAS
+        if (alpha, beta) != (0.0, 0.0)
+        and abs(difference["mean"].sel(alpha=alpha, beta=beta))
+        < 2 * difference.standard_error.sel(alpha=alpha, beta=beta)
+    }
+    assert dots == expected
     assert (0.2, 0.1) not in dots
-    assert (0.0, 0.0) not in dots
-    assert len(dots) >= 7
+    assert len(dots) >= 3
     assert "dots: within 2 SE" in drawn["ax"].get_title()
 
 

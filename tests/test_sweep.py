@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -17,10 +19,10 @@ import numpy as np
 import pytest
 import reference
 import xarray as xr
-from conftest import POLICY, ROOT, TASKSET, start_sweep
+from conftest import POLICY, ROOT, TASKSET, ServerThread, start_sweep
 from rlvr_alphabet_sort.rules import episode_reward
 
-from rlvr_landscape_plugin.config import SweepConfig
+from rlvr_landscape_plugin.config import ServerConfig, SweepConfig
 from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
 from rlvr_landscape_plugin.episodes import load_tasks, open_environment, prompts_hash
 from rlvr_landscape_plugin.measure import BaseBatch
@@ -345,3 +347,95 @@ def test_dry_run_needs_nothing(tmp_path):
     assert "3 × 4 = 12 points" in out
     assert not (tmp_path / "out").exists()
     assert (ROOT / "configs" / "sweep" / "quickstart.toml").is_file()
+
+
+class CuttingProxy:
+    """Forwards TCP to a server and, at the n-th request of one route, cuts every connection and listens no more."""
+
+    def __init__(self, target: int, route: str, cut_at: int) -> None:
+        self._target, self._mark, self._left = target, f"POST /landscape/{route} ".encode(), cut_at
+        self._loop = asyncio.new_event_loop()
+        self._writers: list[asyncio.StreamWriter] = []
+        self._listener = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port = self._listener.sockets[0].getsockname()[1]
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        self._writers += [writer, back_writer]
+        await asyncio.gather(
+            self._pump(reader, back_writer, watch=True), self._pump(back_reader, writer), return_exceptions=True
+        )
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, watch: bool = False) -> None:
+        while data := await reader.read(2**16):
+            if watch and self._mark in data:
+                self._left -= 1
+                if self._left == 0:
+                    self._listener.close()
+                    for open_writer in self._writers:
+                        open_writer.transport.abort()
+                    return
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+@pytest.mark.parametrize(("stage", "cut_at"), [("load", 1), ("move", 4), ("generate", 9), ("score", 3)])
+def test_a_connection_lost_at_any_stage_is_reported_and_the_sweep_continues(server, tmp_path, data, stage, cut_at):
+    proxy = CuttingProxy(int(server.url.rsplit(":", 1)[1]), stage, cut_at)
+    process = start_sweep(tmp_path / "out", server, "--server.urls", f'["http://127.0.0.1:{proxy.port}"]')
+    _, err = process.communicate(timeout=120)
+    proxy.close()
+    assert process.returncode == 2, err
+    assert "connection failed" in err or "closed the stream" in err
+    assert "the same command continues" in err
+    assert "Traceback" not in err
+    points = tmp_path / "out" / NAME / "points"
+    kept = {path.name: path.stat().st_mtime_ns for path in points.glob("a*.nc")}
+    process = start_sweep(tmp_path / "out", server)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in points.glob("a*.nc")}.items()
+    with xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as final:
+        assert final.reward.notnull().all()
+        assert float((final.reward != data.reward).mean()) < 0.02
+
+
+def test_two_servers_share_one_queue(server, tmp_path, data):
+    second = ServerThread(ServerConfig(token=server.token), POLICY, [POLICY], tmp_path / "second.log")
+    try:
+        process = start_sweep(tmp_path / "out", server, "--server.urls", f'["{server.url}", "{second.server.url}"]')
+        _, err = process.communicate(timeout=300)
+    finally:
+        second.close()
+    assert process.returncode == 0, err
+    with xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as both:
+        assert len(json.loads(both.attrs["servers"])) == 2
+        assert float((both.reward != data.reward).mean()) < 0.02
+        np.testing.assert_allclose(both.kl_k1, data.kl_k1, atol=1e-2)
+
+
+def test_another_client_moving_the_server_is_noticed(server, tmp_path):
+    from rlvr_landscape_plugin.serving.client import LandscapeClient
+
+    process = start_sweep(tmp_path / "out", server)
+    points = tmp_path / "out" / NAME / "points"
+    while len(list(points.glob("a*.nc"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+
+    async def meddle() -> None:
+        async with LandscapeClient(server.url, server.token) as client:
+            while process.poll() is None:
+                await client.move(0.3, 0.3)
+                await asyncio.sleep(0.05)
+
+    asyncio.run(meddle())
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "weight" in err.split("--- last lines")[0]

@@ -81,7 +81,7 @@ def _draw(data: xr.Dataset, ax: Axes, vmin: float | None, vmax: float | None) ->
 
 
 def _contours(ax: Axes, alpha: np.ndarray, beta: np.ndarray, kl: np.ndarray) -> Any:
-    if min(kl.shape) < 2:
+    if min(kl.shape) < 2 or not np.isfinite(kl).any():
         return None
     # k1 may be slightly negative near the origin, where there is nothing to contour.
     top = float(np.nanmax(kl))
@@ -116,7 +116,7 @@ def panel_aspect(data: xr.Dataset) -> float:
 def save_figure(figure: Figure, path: Path) -> list[Path]:
     """Write `path` as .pdf and .png (fonts embedded, 300 dpi); returns both paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [path.with_suffix(suffix) for suffix in (".pdf", ".png")]
+    paths = [path.with_name(path.name + suffix) for suffix in (".pdf", ".png")]
     with matplotlib.rc_context(STYLE):
         for target in paths:
             figure.savefig(target)

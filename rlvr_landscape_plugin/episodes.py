@@ -18,6 +18,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -308,8 +309,11 @@ class EpisodeRunner:
         kept = trace if self.keep_traces else None
         if trace is None or error is not None:
             return Rollout(float("nan"), ERROR, segments, error, trace=kept)
+        reward = float(trace.reward)
+        if not math.isfinite(reward):
+            return Rollout(float("nan"), ERROR, segments, f"the taskset's reward is {reward}", trace=kept)
         failure = trace.metrics.get("format_failure")
-        return Rollout(float(trace.reward), TRUNCATED if cut[0] else OK, segments, None, failure, kept)
+        return Rollout(reward, TRUNCATED if cut[0] else OK, segments, None, failure, kept)
 
     async def _finalize(self, task: vf.Task, trace: Any) -> None:
         from verifiers.v1.env import Env

@@ -169,8 +169,7 @@ class Plan:
     @property
     def missing(self) -> int:
         """Points still to measure."""
-        done, total = self.journal.status()
-        return total - done
+        return self.journal.status()[1] - len(self.journal.done())
 
     @property
     def facts(self) -> Path:
@@ -291,7 +290,14 @@ async def _measure(
         label = slice_name(plan.snapshot.step, plan.spec.seed)
         display.open(label, done, total, episodes, episodes if stored is None else 0)
         if stored is None:
-            stored = journal.write_base((await meters[0].base(display.episode)).to_dataset())
+            batch = (await meters[0].base(display.episode)).to_dataset()
+            stored = journal.write_base(batch.assign_attrs(server_dtype=servers[0].facts["dtype"]))
+        for server in servers:
+            if server.facts["dtype"] != stored.attrs["server_dtype"]:
+                raise ServerError(
+                    f"{server.client.url} holds weights in {server.facts['dtype']}, the points in {journal.root} were "
+                    f"measured in {stored.attrs['server_dtype']}; set server.dtype accordingly"
+                )
         base = BaseBatch.from_dataset(stored)
         await _points(plan, base, meters, display)
         if journal.read_recheck() is None:

@@ -30,8 +30,8 @@ BATCH = 32
 POOL = 8
 """Batches that are drawn together and cut by length, so that little is padded."""
 MUON_LR, ADAM_LR = 0.02, 3e-3
-"""Peak learning rates: Muon for the matrices of the layers, Adam for embeddings, norms and biases. Copying names from
-the prompt is what takes long to learn; Muon gets there in a third of the steps that Adam alone needs."""
+"""Peak learning rates: Muon for the matrices of the layers, Adam for embeddings, norms and biases. After 200 steps the
+reward with 1 to 3 names was 0.17 so, and 0.05 with Adam alone."""
 WARM_UP = 50
 """Steps over which the learning rates rise; then they fall as a cosine."""
 INITIAL_STD = 0.06
@@ -55,8 +55,9 @@ def conversations(seed: int, names: tuple[int, int]) -> Iterator[dict[str, Any]]
     """An endless stream of two-turn conversations; `names`: fewest and most names per turn."""
     from rlvr_alphabet_sort.taskset import AlphabetSortConfig, AlphabetSortTaskset
 
-    options = {"min_turns": 2, "max_turns": 2, "min_names_per_turn": names[0], "max_names_per_turn": names[1]}
-    config = AlphabetSortConfig(id="rlvr-alphabet-sort", seed=seed, **options)
+    options: dict[str, Any] = {"min_turns": 2, "max_turns": 2, "seed": seed}
+    options |= {"min_names_per_turn": names[0], "max_names_per_turn": names[1]}
+    config = AlphabetSortConfig(id="rlvr-alphabet-sort", **options)
     return (task.data.info for task in AlphabetSortTaskset(config))
 
 
@@ -92,7 +93,9 @@ def make_tokenizer() -> Any:
     phrases = sorted(token for token in used - set(SPECIAL) if len(qwen2.pre_tokenize_str(text_of[token])) > 1)
 
     model = json.loads(trained.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
+    # Its annotations know merges as text only; pairs are what it hands on.
+    make: Any = Qwen2Tokenizer
+    tokenizer = make(
         vocab={text_of[token] if token in phrases else token: index for token, index in model["vocab"].items()},
         merges=[tuple(pair) for pair in model["merges"] if not {*pair, "".join(pair)} & set(phrases)],
         eos_token="<|im_end|>",

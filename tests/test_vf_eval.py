@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 from conftest import POLICY, ROOT
+from environment.reference import reward as published_reward
 
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 
-sys.path.insert(0, str(Path(__file__).parent / "environment"))
-from test_alphabet_sort import reward_by_definition
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -56,5 +55,5 @@ async def test_the_readme_command_gives_the_rewards_of_the_rules(server, tmp_pat
         replies = [n["message"].get("content") or "" for n in trace["nodes"] if n.get("sampled")]
         truths = trace["task"]["data"]["info"]["ground_truths"]
         reward = sum(r["score"] * r["weight"] for r in trace["rewards"].values())
-        assert reward == pytest.approx(reward_by_definition(replies, truths, 4, True), abs=1e-12)
+        assert reward == pytest.approx(published_reward(replies, truths, 4, True), abs=1e-12)
         assert len(replies) == len(truths) == 2

@@ -17,7 +17,6 @@ from environment.reference import reward as published_reward
 
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 
-
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -118,6 +119,8 @@ def start_sweep(
             *arguments,
         ],
         env=env,
+        # As at a terminal: a background job of a shell would hand down an ignored Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -128,7 +128,7 @@ def test_numerical_noise_is_recorded_and_small(data):
 
 
 def test_points_differ_and_kl_grows_outward(data):
-    kl = data.kl_k1.mean(["prompt", "rollout"])
+    kl = data.kl_k3.mean(["prompt", "rollout"])
     assert (
         float(kl.sel(alpha=0.15, beta=0.1, method="nearest")) > float(kl.sel(alpha=0, beta=0.05, method="nearest")) > 0
     )

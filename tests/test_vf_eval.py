@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 def readme_command() -> list[str]:
     """The vf-eval command of the environment's README, as typed."""
     text = (ROOT / "environments" / "rlvr_alphabet_sort" / "README.md").read_text()
-    (block,) = re.findall(r"```bash\n(vf-eval rlvr-alphabet-sort .*?)```", text, re.DOTALL)
+    (block,) = re.findall(r"```bash\n[^`]*?(vf-eval rlvr-alphabet-sort .*?)```", text, re.DOTALL)
     return shlex.split(block.replace("\\\n", " "))
 
 

@@ -181,6 +181,10 @@ class LandscapeClient:
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
+        except asyncio.CancelledError:
+            for _, future in batch:
+                future.cancel()
+            raise
         finally:
             for _, future in batch:
                 if not future.done():

@@ -248,7 +248,7 @@ class EpisodeRunner:
             update={"model": "policy", "sampling": Sampling(max_tokens=self.max_tokens)}
         )
         self._gate = asyncio.Semaphore(self.max_concurrent)
-        self._identities: dict[int, tuple[str, str]] = {}
+        self._known: dict[int, _KnownTask] = {}
 
     async def batch(
         self,
@@ -324,12 +324,19 @@ class EpisodeRunner:
 
         await self.env.finalize(task, Episode(task=trace.task, traces=[trace], ok=True))
 
-    def identity(self, task: vf.Task) -> tuple[str, str]:
-        """(key, hash) of a task, computed once."""
-        known = self._identities.get(id(task))
-        if known is None:
-            known = self._identities[id(task)] = (task.key, task.hash)
-        return known
+    def known(self, task: vf.Task) -> _KnownTask:
+        """What is looked up once per task rather than once per turn; tasks must outlive the runner."""
+        found = self._known.get(id(task))
+        if found is None:
+            found = self._known[id(task)] = _KnownTask(task.key, task.hash, task.hooks("stop"))
+        return found
+
+
+@dataclass(frozen=True)
+class _KnownTask:
+    key: str
+    hash: str
+    stops: list[Callable[..., Any]]
 
 
 class _Agent:
@@ -363,9 +370,11 @@ class _Interaction:
         from verifiers.v1.trace import AgentInfo, Trace, TraceTask
 
         self._runner, self._task, self._seed, self._cut = runner, task, seed, cut
-        key, content_hash = runner.identity(task)
+        self._known = runner.known(task)
         self.trace: Any = Trace(
-            task=TraceTask.model_construct(type=type(task).__name__, data=task.data, key=key, hash=content_hash),
+            task=TraceTask.model_construct(
+                type=type(task).__name__, data=task.data, key=self._known.key, hash=self._known.hash
+            ),
             agent=AgentInfo.model_construct(config=runner._agent_config),
             state=state_cls(type(task))(),
         )
@@ -448,7 +457,7 @@ class _Interaction:
         if limit is not None and self._turns >= limit:
             self.trace.stop("max_turns")
             return True
-        for stop in self._task.hooks("stop"):
+        for stop in self._known.stops:
             result = stop(self.trace)
             if await result if inspect.isawaitable(result) else result:
                 self.trace.stop(stop.__name__)

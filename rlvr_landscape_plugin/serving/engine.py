@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from rlvr_landscape_plugin.directions import AXES, SliceSpec, fingerprint, globa
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
 
 BACKEND = "landscape"
+_CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
+"""Elements that a move handles at once: what fits a CPU's cache, what keeps a GPU busy."""
 
 
 def register() -> None:
@@ -151,20 +154,42 @@ class Slice:
                 directions[name] = (delta, eta)
         return cls(spec, {name: tensor.to(device) for name, tensor in theta.items()}, directions)
 
+    @cached_property
+    def theta_squared(self) -> float:
+        """Σ θ² over all tensors, float64."""
+        return sum(float(torch.sum(t.to(torch.float32).square(), dtype=torch.float64)) for t in self.theta.values())
+
     def at(self, alpha: float, beta: float, dtype: torch.dtype, stats: MoveStats) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, θ + α δ + β η) in `dtype`, one tensor at a time, adding to `stats` on the way."""
         still = alpha == 0 and beta == 0
+        stats.theta = self.theta_squared
         for name, theta in self.theta.items():
-            origin = theta.to(dtype)
-            stats.theta += float(torch.sum(theta.to(torch.float32).square(), dtype=torch.float64))
             if still or name not in self.directions:
-                yield name, origin
+                yield name, theta.to(dtype)
                 continue
-            delta, eta = self.directions[name]
-            moved = theta.to(torch.float32, copy=True).add_(delta, alpha=alpha).add_(eta, alpha=beta).to(dtype)
-            change = moved.to(torch.float32) - origin.to(torch.float32)
-            stats.changed += float(torch.sum(change.square_(), dtype=torch.float64))
+            moved = torch.empty_like(theta, dtype=dtype)
+            stats.changed += _move(theta, *self.directions[name], alpha, beta, moved)
             yield name, moved
+
+
+def _move(
+    theta: torch.Tensor, delta: torch.Tensor, eta: torch.Tensor, alpha: float, beta: float, out: torch.Tensor
+) -> float:
+    """Write θ + α δ + β η, computed in float32 and cast once, into `out`; returns Σ (out − cast(θ))², float64.
+
+    Block by block, so that a CPU reads each operand from memory once.
+    """
+    changed = 0.0
+    size = _CPU_BLOCK if theta.device.type == "cpu" else _GPU_BLOCK
+    flat = [tensor.reshape(-1) for tensor in (theta, delta, eta)]
+    target = out.view(-1)
+    for start in range(0, target.numel(), size):
+        origin, first, second = (tensor[start : start + size] for tensor in flat)
+        block = torch.add(origin.to(torch.float32), first, alpha=alpha).add_(second, alpha=beta).to(out.dtype)
+        target[start : start + size] = block
+        step = block.to(torch.float32) - origin.to(out.dtype).to(torch.float32)
+        changed += float(torch.dot(step, step))
+    return changed
 
 
 @dataclass

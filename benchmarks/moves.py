@@ -4,9 +4,9 @@
 
 Both sides act on the same live server in alternation. A move is one POST /landscape/move: pause, θ + α δ + β η, empty
 the caches, resume. The other side is what the published experiment did: perturb in a client process (the directions
-ready in memory), write the whole checkpoint, have vLLM reload it from disk, empty the caches. vLLM offers the reload
-over HTTP in its development mode only; the benchmark turns that on for its own loopback server. The last line is one
-JSON object.
+ready in memory), write the whole checkpoint, pause, have vLLM reload it from disk, empty the caches, resume. Nothing
+forces the file to the disk, so on one machine it travels through the page cache. vLLM offers the reload over HTTP in
+its development mode only; the benchmark turns that on for its own loopback server. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -113,9 +113,14 @@ def compare(ours: list[dict[str, str]], theirs: list[dict[str, str]]) -> None:
 
 
 async def reload(session: aiohttp.ClientSession, url: str, path: Path) -> None:
-    """vLLM's own reload from disk, then an empty prefix cache."""
+    """vLLM's own reload from disk, paused as a move is, and an empty prefix cache."""
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-    for route, content in (("collective_rpc", body), ("reset_prefix_cache", None)):
+    for route, content in (
+        ("pause?mode=wait&clear_cache=false", None),
+        ("collective_rpc", body),
+        ("reset_prefix_cache", None),
+        ("resume", None),
+    ):
         async with session.post(f"{url}/{route}", json=content) as response:
             if response.status != 200:
                 raise SystemExit(f"{route}: {response.status} {await response.text()}")

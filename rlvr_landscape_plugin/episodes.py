@@ -19,9 +19,10 @@ import itertools
 import json
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -378,7 +379,7 @@ class _Interaction:
             agent=AgentInfo.model_construct(config=runner._agent_config),
             state=state_cls(type(task))(),
         )
-        self._messages: list[Any] = []
+        self._committed = 0
         self._prompt: list[int] = []
         self._last: Completion | None = None
         self._turns = 0
@@ -424,31 +425,34 @@ class _Interaction:
         return system + ([] if data.prompt is None else _typed(data.prompt))
 
     def _commit(self, new: list[Any], prompt: list[int], completion: Completion) -> Any:
-        from verifiers.v1.graph import prepare_turn
+        """Add the user's messages and the reply to the trace: a chain of nodes, the tokens on the replies."""
         from verifiers.v1.trace import ModelCall
-        from verifiers.v1.types import AssistantMessage, Response, TurnTokens, Usage
+        from verifiers.v1.types import AssistantMessage, Usage
 
         tokens = completion.tokens.tolist()
         reply = AssistantMessage(content=self._runner.chat.text(completion))
+        added = prompt[self._committed :]
+        for message in new:
+            self._append(message=message)
+        self._append(
+            message=reply,
+            sampled=True,
+            token_ids=[*added, *tokens],
+            mask=[False] * len(added) + [True] * len(tokens),
+            logprobs=completion.logprobs.tolist(),
+        )
+        self._committed = len(prompt) + len(tokens)
         usage = Usage.model_construct(prompt_tokens=len(prompt), completion_tokens=len(tokens))
         finish: Any = completion.finish if completion.finish in ("stop", "length") else None
-        self._messages += new
-        node = prepare_turn(self.trace, self._messages).commit(
-            Response.model_construct(
-                id="",
-                created=0,
-                model="policy",
-                message=reply,
-                finish_reason=finish,
-                usage=usage,
-                tokens=TurnTokens(
-                    prompt_ids=prompt, completion_ids=tokens, completion_logprobs=completion.logprobs.tolist()
-                ),
-            )
-        )
+        node = len(self.trace.nodes) - 1
         self.trace.calls.append(ModelCall.model_construct(node=node, model="policy", finish_reason=finish, usage=usage))
-        self._messages.append(reply)
         return reply
+
+    def _append(self, **fields: Any) -> None:
+        # A copy of an empty node costs a tenth of constructing one, whose defaults are looked up anew each time.
+        parent = len(self.trace.nodes) - 1 if self.trace.nodes else None
+        blank = {"token_ids": [], "mask": [], "is_content": [], "logprobs": [], "timestamp": time.time()}
+        self.trace.nodes.append(_empty_node().model_copy(update={"parent": parent, **blank, **fields}))
 
     async def _stopped(self) -> bool:
         if self.trace.stop_condition is not None:
@@ -471,6 +475,14 @@ class _Interaction:
             self.trace.stop("user_closed")
             await self._task.score(self.trace)
             self.trace.is_completed = self.trace.ok = True
+
+
+@cache
+def _empty_node() -> Any:
+    from verifiers.v1.graph import MessageNode
+    from verifiers.v1.types import UserMessage
+
+    return MessageNode(message=UserMessage(content=""))
 
 
 def _typed(message: Any) -> list[Any]:

@@ -74,7 +74,8 @@ async def test_no_prefix_cache_outlives_a_move(server):
         await client.load(str(POLICY), SLICE)
         for alpha in (0.0, 0.3, -0.3):
             await client.move(alpha, 0.0)
-            batch = prompts(4)
+            # Several cache blocks long (a block is 128 tokens on a CPU): shorter prompts are never reused.
+            batch = [(prompt * 20)[:500] for prompt in prompts(4)]
             sampled = await asyncio.gather(*(client.generate(p, 1, 24) for p in batch for _ in range(2)))
             whole = [
                 np.concatenate([p, c.tokens]) for p, c in zip([p for p in batch for _ in "ab"], sampled, strict=True)

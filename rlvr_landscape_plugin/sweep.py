@@ -134,8 +134,9 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     snapshots = _snapshots(config)
     env = open_environment(config.env.id, dict(config.env.taskset))
     tasks = load_tasks(env, config.env.num_prompts)
+    prompts = prompts_hash(tasks)
     plans = [
-        _plan(config, snapshot, slice_spec(config, seed), prompts_hash(tasks))
+        _plan(config, snapshot, slice_spec(config, seed), prompts)
         for snapshot in snapshots
         for seed in config.slice.seeds
     ]

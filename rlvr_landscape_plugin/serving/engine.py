@@ -198,7 +198,6 @@ class _State:
     slice: Slice
     at: tuple[float, float] | None = None
     """Coordinates of the weights in the model; None: the model holds something else."""
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
@@ -241,7 +240,7 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             "moving_parameters": sum(delta.numel() for delta, _ in built.directions.values()),
             "seconds": time.perf_counter() - started,
         }
-        self._state = _State(snapshot, built, at, facts)
+        self._state = _State(snapshot, built, at)
         self._report(init_info.report, facts)
 
     def _check_kernels(self) -> None:

@@ -1,56 +1,420 @@
-"""Reading a landscape dataset and reducing its rollouts to points. Pure functions on labelled arrays."""
+"""Reading landscape datasets and reducing their rollouts. Pure functions on labelled arrays; nothing is written.
+
+Two forms of one landscape are accepted everywhere: the dataset as the sweep wrote it, dims (alpha, beta, prompt,
+rollout), and its reduction by `per_prompt`, dims (alpha, beta, prompt), which is sixteen times smaller and all that
+the statistics need. Statistics treat prompts as the independent units (Miller 2024, arXiv 2411.00640).
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from rlvr_landscape_analysis.errors import AnalysisError
+
 CELL = ("prompt", "rollout")
+POINT = ("alpha", "beta")
 NEEDED = ("reward", "kl_k1")
+THRESHOLD = 0.99
+"""Reward from which a rollout counts as solved (SPEC §4: pass@k)."""
+
+_FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
+_JOURNAL = re.compile(r"step(\d+)_slice(-?\d+)$")
+_AVERAGED = ("reward", "kl_k1", "kl_k3", "surrogate", "entropy", "completion_tokens", "truncated", "clip_fraction")
+_OPTIONAL = ("format_failure",)
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """One finished dataset of a run."""
+
+    path: Path
+    step: int
+    slice_seed: int
 
 
 def open_landscape(path: str | Path) -> xr.Dataset:
     """One dataset as the sweep wrote it, lazily.
 
-    Raises ValueError naming file and variable when it is not a landscape.
+    Raises `AnalysisError` naming file and variable when it is not a landscape.
     """
-    data = xr.open_dataset(path, engine="netcdf4")
-    missing = [name for name in (*NEEDED, "alpha", "beta") if name not in data.variables]
-    if missing:
+    try:
+        data = xr.open_dataset(path, engine="netcdf4")
+    except FileNotFoundError as error:
+        raise AnalysisError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise AnalysisError(f"{path} cannot be read as netCDF: {error}; copy it again or rebuild it") from error
+    try:
+        check_landscape(data, str(path))
+    except AnalysisError:
         data.close()
-        raise ValueError(f"{path} is not a landscape dataset: it has no {', '.join(missing)}")
+        raise
     return data
+
+
+def check_landscape(data: xr.Dataset, where: str = "the dataset") -> None:
+    """Raise `AnalysisError` unless `data` has the variables and dimensions of a landscape (raw or per prompt)."""
+    missing = [name for name in (*NEEDED, *POINT) if name not in data.variables]
+    if missing:
+        raise AnalysisError(f"{where} is not a landscape dataset: it has no {', '.join(missing)}")
+    dims = set(data["reward"].dims)
+    lacking = [dim for dim in (*POINT, "prompt") if dim not in dims]
+    if lacking:
+        raise AnalysisError(f"{where}: variable 'reward' has no dimension {', '.join(lacking)}")
+    for name in POINT:
+        values = data[name].values
+        if not np.isfinite(values).all() or len(np.unique(values)) != len(values):
+            raise AnalysisError(f"{where}: coordinate {name!r} has missing or repeated values")
+    if is_reduced(data):
+        return
+    if "rollout" not in dims:
+        raise AnalysisError(f"{where}: variable 'reward' has no dimension rollout")
+    for name in CELL:
+        if data.sizes[name] == 0:
+            raise AnalysisError(f"{where}: dimension {name!r} is empty")
+
+
+def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
+    """The finished datasets of a run directory by step and slice, and a line for each unfinished journal.
+
+    Raises `AnalysisError` when nothing is finished.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise AnalysisError(f"{root} is not a directory; give the output directory of a sweep")
+    found = [(file, _FILE.match(file.name)) for file in sorted(root.iterdir())]
+    files = [RunFile(file, int(match[1]), int(match[2])) for file, match in found if match]
+    finished = {(file.step, file.slice_seed) for file in files}
+    unfinished = []
+    for folder in sorted(root.iterdir()):
+        match = _JOURNAL.match(folder.name)
+        if not match or not (folder / "journal.json").is_file() or (int(match[1]), int(match[2])) in finished:
+            continue
+        done = sum(1 for _ in (folder / "points").glob("a*_b*.nc"))
+        total = _journal_points(folder)
+        of = f" of {total}" if total else ""
+        unfinished.append(f"step {int(match[1])}, slice {int(match[2])}: {done}{of} points measured")
+    if not files:
+        detail = f" Unfinished: {'; '.join(unfinished)}." if unfinished else ""
+        raise AnalysisError(
+            f"{root} holds no finished landscape_step*_slice*.nc.{detail} Run the sweep's command again to finish it."
+        )
+    return sorted(files, key=lambda file: (file.step, file.slice_seed)), unfinished
+
+
+def _journal_points(folder: Path) -> int | None:
+    try:
+        identity = json.loads((folder / "journal.json").read_text())
+        return len(identity["alphas"]) * len(identity["betas"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def open_run(
+    path: str | Path, *, steps: Iterable[int] | None = None, slices: Iterable[int] | None = None
+) -> xr.Dataset:
+    """All snapshots and slices of a run as one lazy dataset, dims (step, slice_seed, alpha, beta, prompt, rollout).
+
+    Variables stay on disk (dask arrays) until they are asked for. A combination that was not measured is missing.
+    Raises `AnalysisError` when the files do not belong together: other grids, prompts or variables.
+    """
+    files, _ = list_run(path)
+    wanted_steps, wanted_slices = (None if w is None else set(w) for w in (steps, slices))
+    files = [
+        file
+        for file in files
+        if (wanted_steps is None or file.step in wanted_steps)
+        and (wanted_slices is None or file.slice_seed in wanted_slices)
+    ]
+    if not files:
+        raise AnalysisError(f"{path} holds no dataset of steps {wanted_steps} and slices {wanted_slices}")
+    opened = [xr.open_dataset(file.path, engine="netcdf4", chunks={}) for file in files]
+    for file, data in zip(files, opened, strict=True):
+        check_landscape(data, str(file.path))
+    check_same_design(opened, [str(file.path) for file in files], grids=True)
+    by_step: dict[int, list[xr.Dataset]] = {}
+    for data in opened:
+        by_step.setdefault(int(data["step"]), []).append(data)
+    rows = [xr.concat(by_step[step], dim="slice_seed", **_CONCAT) for step in sorted(by_step)]
+    return xr.concat(rows, dim="step", **_CONCAT)
+
+
+_CONCAT: dict[str, Any] = {
+    "join": "outer",
+    "combine_attrs": "drop_conflicts",
+    "coords": "minimal",
+    "compat": "override",
+}
+
+
+def check_same_design(datasets: Iterable[xr.Dataset], names: Iterable[str], *, grids: bool = False) -> None:
+    """Raise `AnalysisError` unless the datasets share prompts, numbers of rollouts and variables.
+
+    With `grids`, the coordinates alpha and beta must agree too.
+    """
+    first: tuple[str, xr.Dataset] | None = None
+    for name, data in zip(names, datasets, strict=True):
+        if first is None:
+            first = name, data
+            continue
+        reference_name, reference = first
+        both = f"{reference_name} and {name}"
+        if data.sizes["prompt"] != reference.sizes["prompt"]:
+            raise AnalysisError(f"{both} have {reference.sizes['prompt']} and {data.sizes['prompt']} prompts")
+        hashes = [d.attrs.get("prompts_sha256") for d in (reference, data)]
+        if hashes[0] != hashes[1]:
+            raise AnalysisError(f"{both} were measured on different prompts (prompts_sha256 differs)")
+        if set(map(str, data.data_vars)) ^ set(map(str, reference.data_vars)):
+            odd = ", ".join(sorted(set(map(str, data.data_vars)) ^ set(map(str, reference.data_vars))))
+            raise AnalysisError(f"{both} have different variables ({odd}); they come from different versions")
+        if grids and any(not np.array_equal(data[axis].values, reference[axis].values) for axis in POINT):
+            raise AnalysisError(f"{both} have different grids; open them one by one, or choose steps= and slices=")
+
+
+def is_reduced(data: xr.Dataset) -> bool:
+    """Whether `data` is what `per_prompt` returns."""
+    return data.attrs.get("reduced") == "per_prompt"
+
+
+def per_prompt(data: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dataset:
+    """Reduce rollouts: float64 means per prompt, dims (alpha, beta, prompt); a reduced dataset is returned as it is.
+
+    Averaged over the rollouts that did not fail: every float variable of the schema. Added: `rollouts` (valid rollouts
+    of a prompt at a point), `successes` (of them with reward ≥ `threshold`), `tokens` (prompt; mean completion tokens
+    of the base batch, the denominator of J). Lazy arrays stay lazy. Attributes, coordinates and units are kept.
+    """
+    if is_reduced(data):
+        return data
+    check_landscape(data)
+    variables: dict[str, xr.DataArray] = {}
+    for name in (*_AVERAGED, *_OPTIONAL):
+        if name not in data:
+            continue
+        variables[name] = rollout_mean(data[name])
+    reward = data["reward"]
+    valid = reward.notnull()
+    variables["rollouts"] = valid.sum("rollout").assign_attrs(long_name="rollouts that did not fail", units="1")
+    solved = (reward >= threshold).sum("rollout")
+    variables["successes"] = solved.assign_attrs(long_name=f"rollouts with reward >= {threshold:g}", units="1")
+    if "base_tokens" in data:
+        variables["tokens"] = rollout_mean(data["base_tokens"])
+    if "realised_step" in data:
+        variables["realised_step"] = data["realised_step"]
+    attrs = data.attrs | {"reduced": "per_prompt", "threshold": threshold, "rollouts": data.sizes["rollout"]}
+    return xr.Dataset(variables, attrs=attrs)
+
+
+def rollout_mean(values: xr.DataArray) -> xr.DataArray:
+    """Mean over `rollout` in float64, missing rollouts left out; NaN where none is left. Attributes are kept."""
+
+    def mean(block: np.ndarray) -> np.ndarray:
+        total = block.mean(axis=-1, dtype=np.float64)
+        holes = np.isnan(total)
+        if holes.any():
+            rows = block[holes].astype(np.float64)
+            count = (~np.isnan(rows)).sum(axis=-1)
+            with np.errstate(invalid="ignore"):
+                total[holes] = np.where(count > 0, np.nansum(rows, axis=-1) / count, np.nan)
+        return total
+
+    return xr.apply_ufunc(
+        mean,
+        values,
+        input_core_dims=[["rollout"]],
+        dask="parallelized",
+        output_dtypes=[np.float64],
+        keep_attrs=True,
+    )
 
 
 def point_mean(values: xr.DataArray) -> xr.Dataset:
     """Mean over prompts and rollouts with its standard error; prompts are the independent units.
 
-    Dims (…, prompt, rollout) → variables `mean` and `standard_error` with dims (…). Missing rollouts are left out. The
-    standard error is that of the mean of the prompts' means (Miller 2024, arXiv 2411.00640, clustered by prompt) and
-    missing with one prompt. Units are kept; long names are set anew.
+    Dims (…, prompt[, rollout]) → variables `mean` and `standard_error` with dims (…). Missing rollouts are left out.
+    The standard error is that of the mean of the prompts' means (Miller 2024, arXiv 2411.00640, clustered by prompt)
+    and missing with one prompt. Units are kept; long names are set anew.
     """
-    name, units = values.attrs.get("long_name", str(values.name)), values.attrs.get("units", "1")
-    per_prompt = values.mean("rollout", skipna=True)
-    mean, error = per_prompt.mean("prompt", skipna=True), _standard_error(per_prompt)
-    mean.attrs = {"long_name": f"mean {name}", "units": units}
-    error.attrs = {"long_name": f"standard error of the mean {name}", "units": units}
-    return xr.Dataset({"mean": mean, "standard_error": error})
+    cells = _per_prompt_array(values)
+    mean, error = cells.mean("prompt", skipna=True), standard_error(cells)
+    return _mean_and_error(values, mean, error, "mean {}", "standard error of the mean {}")
 
 
 def difference_from_origin(values: xr.DataArray) -> xr.Dataset:
     """Each point minus the origin, paired by prompt: `mean` and `standard_error`, dims without prompt and rollout."""
-    per_prompt = values.mean("rollout", skipna=True)
-    difference = per_prompt - per_prompt.sel(alpha=0.0, beta=0.0)
-    name, units = values.attrs.get("long_name", str(values.name)), values.attrs.get("units", "1")
-    mean, error = difference.mean("prompt", skipna=True), _standard_error(difference)
-    mean.attrs = {"long_name": f"difference from the origin in mean {name}", "units": units}
-    error.attrs = {"long_name": f"standard error of the difference from the origin in {name}", "units": units}
+    cells = _per_prompt_array(values)
+    difference = cells - cells.sel(alpha=0.0, beta=0.0)
+    names = "difference from the origin in mean {}", "standard error of the difference from the origin in {}"
+    return _mean_and_error(values, difference.mean("prompt", skipna=True), standard_error(difference), *names)
+
+
+def _per_prompt_array(values: xr.DataArray) -> xr.DataArray:
+    return rollout_mean(values) if "rollout" in values.dims else values.astype(np.float64)
+
+
+def _mean_and_error(
+    source: xr.DataArray, mean: xr.DataArray, error: xr.DataArray, mean_name: str, error_name: str
+) -> xr.Dataset:
+    name, units = source.attrs.get("long_name", str(source.name)), source.attrs.get("units", "1")
+    mean.attrs = {"long_name": mean_name.format(name), "units": units, "ancillary_variables": "standard_error"}
+    error.attrs = {"long_name": error_name.format(name), "units": units}
     return xr.Dataset({"mean": mean, "standard_error": error})
 
 
-def _standard_error(per_prompt: xr.DataArray) -> xr.DataArray:
-    count = per_prompt.notnull().sum("prompt")
-    spread = per_prompt.std("prompt", ddof=1, skipna=True) if per_prompt.sizes["prompt"] > 1 else np.nan
+def standard_error(cells: xr.DataArray) -> xr.DataArray:
+    """Standard error over `prompt`: sample standard deviation by √n, missing values left out; NaN with one prompt."""
+    count = cells.notnull().sum("prompt")
+    spread = cells.std("prompt", ddof=1, skipna=True) if cells.sizes["prompt"] > 1 else np.nan
     return xr.where(count > 1, spread / np.sqrt(count), np.nan)
+
+
+def radius(data: xr.Dataset | xr.DataArray) -> xr.DataArray:
+    """Nominal distance from the origin, √(α² + β²), dims (alpha, beta); in units of each direction's norm."""
+    found = xr.apply_ufunc(np.hypot, data["alpha"], data["beta"])
+    return found.rename("radius").assign_attrs(long_name="distance from the origin, sqrt(alpha^2 + beta^2)", units="1")
+
+
+def kl(data: xr.Dataset, *, estimator: str = "k1") -> xr.Dataset:
+    """KL divergence from the checkpoint per point, nat per completion: `mean` and `standard_error`.
+
+    `estimator` is `k1` (unbiased, −log ρ summed) or `k3` (ρ − 1 − log ρ summed; Schulman 2020).
+    """
+    return point_mean(data[_kl_name(data, estimator)])
+
+
+def _kl_name(data: xr.Dataset, estimator: str) -> str:
+    name = f"kl_{estimator}"
+    if name not in data:
+        raise AnalysisError(f"no KL estimator {estimator!r}; the dataset has {[n for n in data if 'kl_' in str(n)]}")
+    return name
+
+
+def surrogate(data: xr.Dataset) -> xr.Dataset:
+    """Token-normalised surrogate J per point: `mean` and `standard_error`, dims (alpha, beta).
+
+    J = Σ surrogate / Σ base_tokens (SPEC §2), a ratio of means over prompts; its standard error is that of the ratio
+    (delta method: residuals s_i − J t_i, divided by the mean of t; Cochran 1977, §6).
+    """
+    reduced = per_prompt(data)
+    if "tokens" not in reduced or "surrogate" not in reduced:
+        raise AnalysisError("the surrogate needs the variables 'surrogate' and 'base_tokens'")
+    sums, tokens = reduced["surrogate"], reduced["tokens"].where(reduced["surrogate"].notnull())
+    mean = sums.mean("prompt") / tokens.mean("prompt")
+    error = standard_error(sums - mean * tokens) / tokens.mean("prompt")
+    mean.attrs = {"long_name": "surrogate J per token", "units": "1", "ancillary_variables": "standard_error"}
+    error.attrs = {"long_name": "standard error of the surrogate J", "units": "1"}
+    return xr.Dataset({"mean": mean, "standard_error": error})
+
+
+def pass_at_k(data: xr.Dataset, k: int, *, threshold: float | None = None) -> xr.Dataset:
+    """pass@k per point, unbiased, with its standard error over prompts; dims (alpha, beta).
+
+    A rollout passes when reward ≥ `threshold` (default: that of `per_prompt`, 0.99). Per prompt with n valid rollouts,
+    c of them passed: 1 − C(n−c, k)/C(n, k) (Chen et al. 2021, arXiv 2107.03374). Prompts with fewer than k valid
+    rollouts are left out. Raises `AnalysisError` when k exceeds the number of rollouts.
+    """
+    cells = pass_at_k_cells(data, k, threshold=threshold)
+    result = point_mean(cells)
+    return result
+
+
+def pass_at_k_cells(data: xr.Dataset, k: int, *, threshold: float | None = None) -> xr.DataArray:
+    """pass@k per point and prompt, dims (alpha, beta, prompt); missing where fewer than k rollouts are valid."""
+    if is_reduced(data):
+        if threshold is not None and threshold != data.attrs["threshold"]:
+            raise AnalysisError(
+                f"the dataset was reduced at threshold {data.attrs['threshold']:g}; reduce it again at {threshold:g}"
+            )
+        reduced, rollouts = data, int(data.attrs["rollouts"])
+    else:
+        reduced = per_prompt(data[["reward", "kl_k1"]], threshold=THRESHOLD if threshold is None else threshold)
+        rollouts = data.sizes["rollout"]
+    if not 1 <= k <= rollouts:
+        raise AnalysisError(f"pass@{k} needs 1 ≤ k ≤ {rollouts}, the number of rollouts per prompt")
+    n, c = reduced["rollouts"].astype(np.float64), reduced["successes"].astype(np.float64)
+    miss = xr.ones_like(n)
+    # C(n−c, k)/C(n, k) as a product of k factors; a factor of zero or less ends it.
+    for i in range(k):
+        miss = miss * ((n - c - i).clip(min=0) / (n - i).clip(min=1))
+    cells = (1.0 - miss).where(n >= k)
+    threshold_used = float(reduced.attrs["threshold"])
+    return cells.rename(f"pass_at_{k}").assign_attrs(long_name=f"pass@{k}, reward >= {threshold_used:g}", units="1")
+
+
+def entropy(data: xr.Dataset, quantiles: Iterable[float] = (0.1, 0.5, 0.9)) -> xr.Dataset:
+    """Token entropy per point, nat per token: `mean`, `standard_error`, and `quantile` over prompts.
+
+    From the mean surprisal of each fresh rollout's own tokens, whose expectation is the entropy. Dims (alpha, beta) and
+    (quantile, alpha, beta).
+    """
+    if "entropy" not in data:
+        raise AnalysisError("the dataset has no variable 'entropy'")
+    cells = _per_prompt_array(data["entropy"])
+    result = point_mean(cells)
+    spread = cells.chunk({"prompt": -1}) if cells.chunks else cells
+    levels = spread.quantile(list(quantiles), dim="prompt", skipna=True)
+    result["quantile_of_prompts"] = levels.assign_attrs(long_name="entropy of a prompt, quantiles", units="nat")
+    return result
+
+
+def ray(values: xr.DataArray, angle: float) -> xr.DataArray:
+    """A map along the ray through the origin at `angle` (radians from the α axis), dim `distance`, both directions.
+
+    Bilinear between grid points; distances are the radii at which the grid has points on its axes, as far as the ray
+    stays inside the grid. `values` has dims (alpha, beta, …).
+    """
+    alpha, beta = (np.sort(values[name].values) for name in POINT)
+    for name, axis in zip(POINT, (alpha, beta), strict=True):
+        if len(axis) < 2:
+            raise AnalysisError(f"a ray needs at least two values of {name!r}")
+    steps = np.unique(np.round(np.concatenate([alpha, beta]), 12))
+    x, y = steps * np.cos(angle), steps * np.sin(angle)
+    slack = 1e-9 * max(np.ptp(alpha), np.ptp(beta))
+    inside = (x >= alpha[0] - slack) & (x <= alpha[-1] + slack) & (y >= beta[0] - slack) & (y <= beta[-1] + slack)
+    distance = xr.DataArray(
+        steps[inside], dims="distance", attrs={"long_name": f"distance along the ray at {angle:.3g} rad", "units": "1"}
+    )
+    where = {
+        "alpha": xr.DataArray(np.clip(x[inside], alpha[0], alpha[-1]), dims="distance"),
+        "beta": xr.DataArray(np.clip(y[inside], beta[0], beta[-1]), dims="distance"),
+    }
+    found = values.sortby(list(POINT)).interp(where, method="linear")
+    return found.assign_coords(distance=distance).assign_attrs(values.attrs)
+
+
+def radial_profile(values: xr.DataArray) -> xr.Dataset:
+    """Mean over the points of equal radius: `mean`, `standard_error` (prompts as clusters), `points`; dim `radius`.
+
+    `values` has dims (alpha, beta, prompt[, rollout]); the shell's mean is taken per prompt first, so that the
+    standard error knows that all points share their prompts.
+    """
+    cells = _per_prompt_array(values)
+    radii, index = shells(cells["alpha"].values, cells["beta"].values)
+    matrix = cells.stack(point=list(POINT)).transpose("point", "prompt", ...).values
+    counts = np.bincount(index)
+    means = np.full((len(radii), *matrix.shape[1:]), np.nan)
+    for shell in range(len(radii)):
+        rows = matrix[index == shell]
+        count = (~np.isnan(rows)).sum(0)
+        means[shell] = np.where(count > 0, np.nansum(rows, axis=0) / np.maximum(count, 1), np.nan)
+    dims = ("radius", "prompt", *[d for d in cells.dims if d not in (*POINT, "prompt")])
+    profile = xr.DataArray(means, dims=dims, coords={"radius": radii}, attrs=values.attrs, name=values.name)
+    result = point_mean(profile)
+    result["points"] = ("radius", counts, {"long_name": "grid points at this radius", "units": "1"})
+    result["radius"].attrs = {"long_name": "distance from the origin", "units": "1"}
+    return result
+
+
+def shells(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct radii of the grid alpha × beta (C order) and the shell of each point; equal up to rounding (1e-9)."""
+    radii = np.hypot(alpha[:, None], beta[None, :]).ravel()
+    scale = radii.max() or 1.0
+    keys = np.round(radii / scale, 9)
+    distinct, index = np.unique(keys, return_inverse=True)
+    return np.array([radii[index == i].mean() for i in range(len(distinct))]), index

@@ -1,0 +1,7 @@
+"""What a user of the analysis can get wrong, as one class."""
+
+from __future__ import annotations
+
+
+class AnalysisError(ValueError):
+    """A dataset or a request that cannot be analysed; the message says what was wrong, where, and what to do."""

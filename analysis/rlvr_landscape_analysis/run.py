@@ -1,0 +1,270 @@
+"""Analyse a whole run: every dataset is read once, reduced and let go, so memory does not grow with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from rlvr_landscape_analysis.claims import all_claims
+from rlvr_landscape_analysis.correlation import correlations
+from rlvr_landscape_analysis.curvature import quadratic_fit
+from rlvr_landscape_analysis.diagnostics import crossing, entropy_law, pass_at_k_curves, token_surprisal, two_stage
+from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.improvement import better_than_origin, improvement
+from rlvr_landscape_analysis.landscape import (
+    THRESHOLD,
+    RunFile,
+    check_same_design,
+    list_run,
+    open_landscape,
+    pass_at_k,
+    per_prompt,
+    point_mean,
+    radial_profile,
+    radius,
+    surrogate,
+)
+from rlvr_landscape_analysis.resample import Bootstrap
+from rlvr_landscape_analysis.results import RunAnalysis
+from rlvr_landscape_analysis.training import (
+    checkpoint_cells,
+    checkpoint_curves,
+    exploitation_index,
+    over_training,
+    slice_agreement,
+)
+
+
+def analyse_run(
+    path: str | Path,
+    *,
+    bootstrap: Bootstrap | None = None,
+    steps: Iterable[int] | None = None,
+    threshold: float = THRESHOLD,
+    level: float = 0.05,
+    progress: Callable[[str], None] | None = None,
+) -> RunAnalysis:
+    """All statistics of the finished datasets in a run directory.
+
+    `steps` restricts the snapshots; `threshold` is the reward that counts as solved; `level` the false discovery rate
+    of "better than the origin"; `progress` is told which dataset is being read. Raises `AnalysisError` when there is
+    nothing to analyse or the datasets do not belong together (other prompts, other variables). Grids may differ between
+    snapshots; a note says so.
+    """
+    settings = bootstrap or Bootstrap()
+    files, unfinished = list_run(path)
+    if steps is not None:
+        wanted = set(steps)
+        absent = sorted(wanted - {file.step for file in files})
+        if absent:
+            known = ", ".join(str(step) for step in sorted({file.step for file in files}))
+            raise AnalysisError(f"{path} holds no finished dataset of step {absent[0]}; finished: {known}")
+        files = [file for file in files if file.step in wanted]
+    notes = [f"Unfinished and left out: {line}." for line in unfinished]
+    parts: list[_Part] = []
+    for file in files:
+        if progress:
+            progress(f"step {file.step}, slice {file.slice_seed}")
+        parts.append(_analyse(file, settings, threshold, level, notes))
+    check_same_design([part.design for part in parts], [str(part.file.path) for part in parts])
+    if len({(part.alphas, part.betas) for part in parts}) > 1:
+        notes.append("The grids differ between datasets, so correlations over training compare different ranges.")
+    return _combine(Path(path), parts, settings, notes)
+
+
+class _Part:
+    """What stays of one dataset."""
+
+    file: RunFile
+    design: xr.Dataset
+    alphas: tuple[float, ...]
+    betas: tuple[float, ...]
+    prompts: int
+    rollouts: int
+    map: xr.Dataset
+    correlations: xr.Dataset
+    improvement: xr.Dataset
+    curvature: xr.Dataset
+    profile: xr.Dataset
+    checkpoint: dict[str, np.ndarray]
+    origin: xr.Dataset
+    surprisal: xr.Dataset | None
+
+
+def _analyse(file: RunFile, settings: Bootstrap, threshold: float, level: float, notes: list[str]) -> _Part:
+    part = _Part()
+    part.file = file
+    where = f"step {file.step}, slice {file.slice_seed}"
+    with open_landscape(file.path) as data:
+        for name, value in (("step", file.step), ("slice_seed", file.slice_seed)):
+            if name not in data.coords or int(data[name]) != value:
+                raise AnalysisError(f"{file.path}: its coordinate {name!r} does not agree with its name")
+        part.design = xr.Dataset(
+            {name: ((), 0) for name in data.data_vars},
+            {"prompt": data["prompt"].values},
+            {"prompts_sha256": data.attrs.get("prompts_sha256")},
+        )
+        part.prompts, part.rollouts = data.sizes["prompt"], data.sizes["rollout"]
+        part.alphas, part.betas = (tuple(data[axis].values.tolist()) for axis in ("alpha", "beta"))
+        reduced = per_prompt(data, threshold=threshold).load()
+    failed = 1 - float(reduced["rollouts"].mean()) / part.rollouts
+    if failed > 0:
+        notes.append(f"{where}: {failed:.2%} of the rollouts failed and are left out of their prompt's mean.")
+    try:
+        part.correlations = correlations(reduced, bootstrap=settings, replicates=True)
+        part.improvement = improvement(reduced, bootstrap=settings, level=level)
+        fits = [quadratic_fit(reduced, variable=name, bootstrap=settings) for name in ("reward", "kl_k1")]
+        part.checkpoint = checkpoint_cells(reduced, part.rollouts)
+    except AnalysisError as error:
+        raise AnalysisError(f"{file.path}: {error}") from error
+    used_points = int(part.correlations["points"].sel(control="none").max())
+    used_prompts = int(part.correlations["prompts"].max())
+    if used_points < len(part.alphas) * len(part.betas):
+        notes.append(
+            f"{where}: {len(part.alphas) * len(part.betas) - used_points} points have too few values and are left out."
+        )
+    if used_prompts < part.prompts:
+        notes.append(f"{where}: {part.prompts - used_prompts} prompts are missing at some point and are left out.")
+    part.curvature = xr.concat(fits, dim=xr.DataArray(["reward", "kl"], dims="quantity", name="quantity"))
+    part.map = _map(reduced, part.rollouts, level).assign_attrs(
+        reduced.attrs | {"prompts": part.prompts, "rollouts": part.rollouts}
+    )
+    part.profile = _profile(reduced)
+    part.origin = reduced[["reward", "kl_k1", "rollouts", "successes"]].sel(alpha=[0.0], beta=[0.0])
+    base = file.path.parent / f"step{file.step:06d}_slice{file.slice_seed}" / "base.nc"
+    part.surprisal = token_surprisal(base) if base.is_file() else None
+    return part
+
+
+def _map(reduced: xr.Dataset, k: int, level: float) -> xr.Dataset:
+    values = {"reward": point_mean(reduced["reward"]), "kl": point_mean(reduced["kl_k1"])}
+    for name in ("kl_k3", "entropy", "truncated", "format_failure"):
+        if name in reduced:
+            values[name] = point_mean(reduced[name])
+    if {"surrogate", "tokens"} <= set(map(str, reduced.data_vars)):
+        values["surrogate"] = surrogate(reduced)
+    values["pass_1"], values["pass_k"] = pass_at_k(reduced, 1), pass_at_k(reduced, k)
+    variables: dict[str, xr.DataArray] = {}
+    for name, value in values.items():
+        variables[name] = value["mean"]
+        variables[f"{name}_se"] = value["standard_error"]
+    variables["radius"] = radius(reduced)
+    tests = better_than_origin(reduced, level=level)
+    variables |= {
+        "difference": tests["difference"],
+        "difference_se": tests["standard_error"],
+        "adjusted_p": tests["adjusted_p"],
+        "better": tests["better"],
+    }
+    if "realised_step" in reduced:
+        variables["realised_step"] = reduced["realised_step"]
+    return xr.Dataset(variables).drop_vars("prompt", errors="ignore")
+
+
+def _profile(reduced: xr.Dataset) -> xr.Dataset:
+    found = {name: radial_profile(reduced[source]) for name, source in (("reward", "reward"), ("kl", "kl_k1"))}
+    variables = {name: profile["mean"] for name, profile in found.items()}
+    variables |= {f"{name}_se": profile["standard_error"] for name, profile in found.items()}
+    return xr.Dataset(variables | {"points": found["reward"]["points"]})
+
+
+def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[str]) -> RunAnalysis:
+    keys = [(part.file.step, part.file.slice_seed) for part in parts]
+    tables = _stack({key: part.correlations for key, part in zip(keys, parts, strict=True)})
+    gains = _stack({key: part.improvement for key, part in zip(keys, parts, strict=True)})
+    fits = _stack({key: part.curvature for key, part in zip(keys, parts, strict=True)})
+    first_slice: dict[int, _Part] = {}
+    for part in parts:
+        first_slice.setdefault(part.file.step, part)
+    steps = sorted(first_slice)
+    k = min(part.rollouts for part in parts)
+    curves = checkpoint_curves({step: first_slice[step].checkpoint for step in steps}, k, settings.level)
+    prompts = int(tables["prompts"].max())
+    exploitation = None
+    if len(steps) > 1:
+        found = exploitation_index(first_slice[steps[0]].checkpoint, first_slice[steps[-1]].checkpoint, settings)
+        exploitation = found | {"first_step": steps[0], "last_step": steps[-1], "k": k}
+    series = over_training(tables, settings, prompts)
+    if exploitation is not None:
+        for name, value in exploitation.items():
+            dims = ("bound",) if name.endswith("_interval") else ()
+            series[f"exploitation_{name}"] = (dims, np.asarray(value))
+    claims = all_claims(tables, exploitation, gains, settings)
+    return RunAnalysis(
+        path=path,
+        bootstrap=settings,
+        k=k,
+        maps={key: part.map for key, part in zip(keys, parts, strict=True)},
+        correlations=tables.drop_dims("resample").drop_vars("z"),
+        improvement=gains,
+        curvature=fits,
+        profiles={key: part.profile for key, part in zip(keys, parts, strict=True)},
+        training=curves,
+        over_training=series,
+        diagnostics=_diagnostics(first_slice, steps, curves, settings, k),
+        slices=slice_agreement(tables, settings.level),
+        claims=claims,
+        notes=notes,
+    )
+
+
+def _diagnostics(
+    first_slice: dict[int, _Part], steps: list[int], curves: xr.Dataset, settings: Bootstrap, k: int
+) -> dict[str, xr.Dataset]:
+    found: dict[str, xr.Dataset] = {}
+    if "entropy" in curves:
+        found["entropy_law_training"] = (
+            entropy_law(curves["entropy"].values, curves["reward"].values, level=settings.level)
+            .rename(observation="step")
+            .assign_coords(step=steps)
+        )
+        laws: list[xr.Dataset] = []
+        for step in steps:
+            map_ = first_slice[step].map
+            law = entropy_law(map_["entropy"].values, map_["reward"].values, level=settings.level)
+            laws.append(law.drop_vars("residual"))
+        axis = xr.DataArray(steps, dims="step", name="step")
+        found |= {"entropy_law_slice": xr.concat(laws, dim=axis)}
+    found["two_stage"] = two_stage(steps, [first_slice[step].checkpoint["pass_k"] for step in steps], settings)
+    found["pass_at_k"] = pass_at_k_curves({step: first_slice[step].origin for step in steps}, level=settings.level)
+    if len(steps) > 1:
+        found["crossing"] = crossing(
+            first_slice[steps[0]].origin, first_slice[steps[-1]].origin, level=settings.level
+        ).assign_attrs(first_step=steps[0], last_step=steps[-1])
+    surprisals = {step: part.surprisal for step, part in first_slice.items() if part.surprisal is not None}
+    if surprisals:
+        axis = xr.DataArray(sorted(surprisals), dims="step", name="step")
+        found["token_surprisal"] = xr.concat([surprisals[step] for step in sorted(surprisals)], dim=axis)
+    return found
+
+
+def _stack(tables: dict[tuple[int, int], xr.Dataset]) -> xr.Dataset:
+    """(step, slice_seed) → one dataset over both; combinations that were not measured are missing with a reason."""
+    steps = sorted({step for step, _ in tables})
+    slices = sorted({seed for _, seed in tables})
+    sample = next(iter(tables.values()))
+    rows: list[xr.Dataset] = []
+    for step in steps:
+        row = [
+            tables.get((step, seed), _missing(sample)).drop_vars(["step", "slice_seed"], errors="ignore")
+            for seed in slices
+        ]
+        rows.append(xr.concat(row, dim=xr.DataArray(slices, dims="slice_seed", name="slice_seed")))
+    return xr.concat(rows, dim=xr.DataArray(steps, dims="step", name="step"))
+
+
+def _missing(sample: xr.Dataset) -> xr.Dataset:
+    empty: xr.Dataset = sample.copy()
+    for key in sample.data_vars:
+        name, values = str(key), sample[key]
+        if values.dtype.kind in "US":
+            fill: object = np.full(values.shape, "not measured")
+        elif values.dtype.kind in "iub":
+            fill = np.zeros(values.shape, values.dtype)
+        else:
+            fill = np.full(values.shape, np.nan)
+        empty[name] = (values.dims, fill, values.attrs)
+    return empty

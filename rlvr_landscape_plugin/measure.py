@@ -17,29 +17,13 @@ import xarray as xr
 
 from rlvr_landscape_plugin.config import SurrogateConfig
 from rlvr_landscape_plugin.episodes import ERROR, EpisodeRunner, Rollout, Segment, sampling_seed
+from rlvr_landscape_plugin.objectives import clipped_term, group_advantages
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
 
 DIMS = ("prompt", "rollout")
-
-
-def group_advantages(rewards: np.ndarray, scale: str, eps: float) -> np.ndarray:
-    """Group-relative advantages, float64, shape (prompt, rollout) as `rewards`.
-
-    `std`: (r − mean) / (std + eps) with the population standard deviation of the group (GRPO, arXiv 2402.03300, leaves
-    the correction open); `none`: r − mean (Dr. GRPO, arXiv 2503.20783). A failed rollout (NaN) stays out of the
-    group's statistics and gets advantage 0.
-    """
-    rewards = np.asarray(rewards, dtype=np.float64)
-    failed = np.isnan(rewards)
-    count = np.maximum((~failed).sum(axis=1, keepdims=True), 1)
-    values = np.where(failed, 0.0, rewards)
-    centred = np.where(failed, 0.0, rewards - values.sum(axis=1, keepdims=True) / count)
-    if scale == "none":
-        return centred
-    return centred / (np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / count) + eps)
 
 
 @dataclass(frozen=True)
@@ -59,18 +43,18 @@ class TokenScores:
 def token_scores(moved: np.ndarray, checkpoint: np.ndarray, advantage: float, low: float, high: float) -> TokenScores:
     """Estimators from the log-probabilities of one checkpoint completion under both policies (1-D, nat).
 
-    ρ = π_moved / π_checkpoint. k1 and k3: Schulman 2020; the surrogate: GRPO's clipped objective (arXiv 2402.03300
-    eq. 3 without its KL term).
+    ρ = π_moved / π_checkpoint. k1 and k3: Schulman 2020; the surrogate: GRPO's clipped objective without its KL term
+    (`objectives.clipped_term`).
     """
     log_ratio = np.asarray(moved, dtype=np.float64) - np.asarray(checkpoint, dtype=np.float64)
     with np.errstate(over="ignore"):
         ratio = np.exp(log_ratio)
-    plain, clipped = ratio * advantage, np.clip(ratio, 1.0 - low, 1.0 + high) * advantage
+    terms, bound = clipped_term(log_ratio, advantage, low, high)
     return TokenScores(
         kl_k1=float(-log_ratio.sum()),
         kl_k3=float((ratio - 1.0 - log_ratio).sum()),
-        surrogate=float(np.minimum(plain, clipped).sum()),
-        clip_fraction=float(np.mean(clipped < plain)) if len(ratio) else 0.0,
+        surrogate=float(terms.sum()),
+        clip_fraction=float(np.mean(bound)) if len(ratio) else 0.0,
     )
 
 

@@ -47,7 +47,7 @@ def plain_loop(data: xr.Dataset, weights: np.ndarray, draws: range) -> np.ndarra
         rows = []
         for first, second in PAIRS:
             x, y = means[first].values.ravel(), means[second].values.ravel()
-            rows.append((stats.pearsonr(x, y).statistic, stats.spearmanr(x, y).statistic))
+            rows.append((stats.pearsonr(x, y)[0], stats.spearmanr(x, y)[0]))
         found.append(rows)
     return np.array(found)
 

@@ -32,8 +32,6 @@ SCENARIOS = [
     for shape in ("radial", "kl", "mixed", "tilt", "flat")
     for points, prompts, rollouts, heterogeneity in (
         (9, 32, 4, 0.3),
-        (9, 64, 4, 0.5),
-        (9, 128, 2, 0.3),
         (9, 128, 4, 0.6),
         (7, 256, 4, 0.3),
         (7, 512, 1, 0.5),

@@ -171,16 +171,19 @@ def test_figures_are_saved_for_print(tmp_path):
 
 def test_the_command_draws_every_landscape_of_a_run(tmp_path, capsys):
     for step in (0, 10):
-        synthetic().assign_coords(step=step).to_netcdf(tmp_path / f"landscape_step{step:06d}_slice0.nc")
-    assert main([str(tmp_path)]) == 0
-    printed = [line.removeprefix("figure ") for line in capsys.readouterr().out.splitlines()]
+        synthetic().assign_coords(step=step).to_netcdf(tmp_path / f"landscape_step{step:06d}_slice3.nc")
+    assert main([str(tmp_path), "--resamples", "100", "--no-animation"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed = [line.removeprefix("figure ") for line in lines if line.startswith("figure ")]
     assert sorted(printed) == sorted(str(path) for path in (tmp_path / "figures").iterdir())
     assert len(printed) == 4
 
 
 def test_mistakes_are_named_without_a_traceback(tmp_path, capsys):
     assert main([str(tmp_path / "absent")]) == 2
-    assert "holds no landscape_step*_slice*.nc" in capsys.readouterr().err
+    assert "absent is not a directory; give the output directory of a sweep" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2
+    assert "holds no finished landscape_step*_slice*.nc" in capsys.readouterr().err
     synthetic().drop_vars("kl_k1").to_netcdf(tmp_path / "landscape_step000000_slice0.nc")
     assert main([str(tmp_path)]) == 2
     assert "it has no kl_k1" in capsys.readouterr().err

@@ -217,14 +217,14 @@ def claim_t3(exploitation: Mapping | None, improvement: xr.Dataset | None) -> Cl
     index = float(exploitation["index"])
     index_bounds = exploitation["index_interval"]
     ratio = (
-        f"The exploitation index is {index:.2f} [{index_bounds[0]:.2f}, {index_bounds[1]:.2f}]."
+        f"The exploitation index is {number(index, tuple(index_bounds))}."
         if np.isfinite([index, *index_bounds]).all()
         else f"The exploitation index is not defined: {exploitation['reason'] or 'its interval is unbounded'}."
     )
     sentence = (
         f"From step {exploitation['first_step']} to step {exploitation['last_step']} pass@1 changed by "
-        f"{number(gain, gain_bounds)} and pass@{k} by "
-        f"{number(float(exploitation['coverage']), tuple(exploitation['coverage_interval']))}. {ratio}"
+        f"{number(gain, gain_bounds, digits=3)} and pass@{k} by "
+        f"{number(float(exploitation['coverage']), tuple(exploitation['coverage_interval']), digits=3)}. {ratio}"
         f"{_neighbourhood(improvement)}"
     )
     return Claim("T3", TITLES["T3"], verdict, sentence, rule, contrast, (bounds[0], bounds[1]), prompts, needed)
@@ -238,7 +238,7 @@ def _neighbourhood(improvement: xr.Dataset | None) -> str:
         here = improvement[["gain", "gain_interval"]].isel(step=position).mean("slice_seed")
         low, high = (float(here["gain_interval"].sel(bound=bound)) for bound in ("low", "high"))
         if np.isfinite([float(here["gain"]), low, high]).all():
-            parts.append(f"{number(float(here['gain']), (low, high))} at the {word} snapshot")
+            parts.append(f"{number(float(here['gain']), (low, high), digits=3)} at the {word} snapshot")
     return f" The best neighbour in the slice gains {' and '.join(parts)}." if parts else ""
 
 
@@ -265,13 +265,16 @@ def _undefined(name: str, rule: str, prompts: int, why: str) -> Claim:
     return Claim(name, TITLES[name], UNDECIDED, sentence, rule, np.nan, (np.nan, np.nan), prompts)
 
 
-def number(value: float, interval: tuple[float, ...], settings: Bootstrap | None = None) -> str:
+def number(value: float, interval: tuple[float, ...], settings: Bootstrap | None = None, *, digits: int = 2) -> str:
     """`−0.81 [−0.87, −0.59]`, with the level when it is not 95 %."""
     level = f" ({settings.level:.0%})" if settings is not None and settings.level != 0.95 else ""
-    return f"{_signed(value)} [{_signed(interval[0])}, {_signed(interval[1])}]{level}"
+    low, high = (_signed(bound, digits) for bound in interval)
+    return f"{_signed(value, digits)} [{low}, {high}]{level}"
 
 
-def _signed(value: float) -> str:
+def _signed(value: float, digits: int = 2) -> str:
+    """With a sign, which zero lacks after rounding."""
     if not np.isfinite(value):
         return "not defined"
-    return f"{value:+.2f}".replace("-", "−")
+    text = f"{value:+.{digits}f}"
+    return text[1:] if not float(text) else text.replace("-", "−")

@@ -77,12 +77,16 @@ def correlations(
     table = _empty(list(controls), settings.resamples if replicates else None)
     table["prompts"][...] = len(matrices.kept)
     whole = project(matrices, "none")
-    totals = {name: _Moments(values, values, weights) for name, values in whole.values.items()}
-    _radial_share(table, matrices, whole, totals, weights, settings)
+    whole_sums = {name: values @ weights for name, values in whole.values.items()}
+    totals = {name: _Moments(v, v, whole_sums[name], whole_sums[name], weights) for name, v in whole.values.items()}
+    _radial_share(table, matrices, totals, weights, settings)
     for c, control in enumerate(controls):
-        projection = project(matrices, control)
+        projection = whole if control == "none" else project(matrices, control)
         table["points"][:, c] = projection.points
-        sums = {name: values @ weights for name, values in projection.values.items()}
+        if control == "none":
+            sums = whole_sums
+        else:
+            sums = {name: values @ weights for name, values in projection.values.items()}
         for p, pair in enumerate(PAIRS):
             first, second = MEMBERS[pair]
             absent = [names[m] for m in (first, second) if m not in present]
@@ -94,7 +98,7 @@ def correlations(
             outcome = _pair(x, y, sums[first], sums[second], weights, settings, labels=(first, second))
             if not outcome.get("reason") or "reliability" in outcome:
                 ends = None if control == "no_origin" else (totals[first], totals[second])
-                outcome |= _contribution(x, y, ends, weights, settings)
+                outcome |= _contribution(x, y, sums[first], sums[second], ends, weights, settings)
             for name, value in outcome.items():
                 if name in table:
                     table[name][p, c] = value
@@ -210,13 +214,13 @@ def _pair(
 class _Moments:
     """U of two projected matrices: measured, and for every resample (pairs of copies of one prompt do not count)."""
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> None:
+    def __init__(self, x: np.ndarray, y: np.ndarray, sx: np.ndarray, sy: np.ndarray, weights: np.ndarray) -> None:
         prompts = x.shape[1]
         own = np.einsum("gi,gi->i", x, y)
         self.measured = float((x.sum(1) @ y.sum(1) - own.sum()) / (prompts * (prompts - 1))) if prompts > 1 else np.nan
         square = weights**2
         pairs = weights.sum(0) ** 2 - square.sum(0)
-        total = np.einsum("gb,gb->b", x @ weights, y @ weights)
+        total = np.einsum("gb,gb->b", sx, sy)
         with np.errstate(invalid="ignore", divide="ignore"):
             self.resampled = (total - own @ square) / pairs
 
@@ -224,6 +228,8 @@ class _Moments:
 def _contribution(
     x: np.ndarray,
     y: np.ndarray,
+    sx: np.ndarray,
+    sy: np.ndarray,
     totals: tuple[_Moments, _Moments] | None,
     weights: np.ndarray,
     settings: Bootstrap,
@@ -232,8 +238,8 @@ def _contribution(
 
     `totals` are the moments of both quantities without a control (of x and y themselves if None).
     """
-    first, second = totals or (_Moments(x, x, weights), _Moments(y, y, weights))
-    cross = _Moments(x, y, weights)
+    first, second = totals or (_Moments(x, x, sx, sx, weights), _Moments(y, y, sy, sy, weights))
+    cross = _Moments(x, y, sx, sy, weights)
     if min(first.measured, second.measured) <= 0:
         return {"contribution_interval": (-1.0, 1.0)}
     value = float(np.clip(cross.measured / np.sqrt(first.measured * second.measured), -1, 1))
@@ -253,7 +259,6 @@ def _contribution(
 def _radial_share(
     table: dict[str, np.ndarray],
     matrices: Cells,
-    whole: Projection,
     totals: dict[str, _Moments],
     weights: np.ndarray,
     settings: Bootstrap,
@@ -263,7 +268,9 @@ def _radial_share(
     for q, name in enumerate(QUANTITIES):
         if name not in radial.values or name not in totals or prompts < MIN_PROMPTS:
             continue
-        part, total = _Moments(radial.values[name], radial.values[name], weights), totals[name]
+        shape = radial.values[name]
+        sums = shape @ weights
+        part, total = _Moments(shape, shape, sums, sums, weights), totals[name]
         if total.measured <= 0:
             continue
         value = float(np.clip(part.measured / total.measured, 0, 1))

@@ -42,7 +42,7 @@ def snapshot_z(tables: xr.Dataset, pair: str, control: str) -> tuple[np.ndarray,
             steps.append(int(step))
             means.append(z[i, defined].mean())
             draws.append(resampled[i, defined].mean(0))
-    return np.array(steps, int), np.array(means), np.array(draws).reshape(len(steps), -1)
+    return np.array(steps, int), np.array(means), np.array(draws).reshape(len(steps), resampled.shape[-1])
 
 
 def trend(steps: np.ndarray, z: np.ndarray, resampled: np.ndarray, settings: Bootstrap, prompts: int) -> dict:
@@ -207,6 +207,8 @@ def exploitation_index(
     out["index_interval"] = (np.nan, np.nan)
     if prompts == 0:
         return out | {"reason": "no prompt has enough valid rollouts at both snapshots"}
+    if not (first["pass_k"][usable].any() or last["pass_k"][usable].any()):
+        return out | {"reason": "no rollout of either snapshot passes; a lower threshold may tell them apart"}
     weights = settings.weights(len(usable))[usable]
     count = weights.sum(0)
     d1, dk = (last[name][usable] - first[name][usable] for name in ("pass_1", "pass_k"))

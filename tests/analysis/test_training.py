@@ -59,6 +59,9 @@ def test_exploitation_and_exploration_are_told_apart():
     still = exploitation_index(checkpoint(base1, basek), checkpoint(base1 + rng.normal(0, 0.1, n), basek), QUICK)
     assert np.isnan(still["index"])
     assert "did not rise" in still["reason"]
+    nothing = exploitation_index(checkpoint([0.0] * 20, [0.0] * 20), checkpoint([0.0] * 20, [0.0] * 20), QUICK)
+    assert "no rollout of either snapshot passes" in nothing["reason"]
+    assert "contrast" not in nothing
     few = exploitation_index(checkpoint([0.1], [0.2]), checkpoint([0.2], [0.2]), QUICK)
     assert "only 1 prompts" in few["reason"]
 

@@ -1,0 +1,757 @@
+"""Tables of a `RunAnalysis`, and writers for CSV, Markdown and LaTeX.
+
+A table is rows of labels (snapshot, pair, …) and of values with an interval. Nothing is computed here. A value that is
+missing in the analysis is written as "not defined" with its reason, in every format: the reason is a column of the CSV
+and a footnote elsewhere, so that no reader takes a hole for a zero.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from rlvr_landscape_analysis.results import CONTROL_NAMES, PAIR_NAMES, RunAnalysis
+
+NOT_DEFINED = "not defined"
+NO_REASON = "the analysis gives no reason"
+CSV_COLUMNS = ("quantity", "estimate", "low", "high", "reason")
+"""What follows a row's labels in a CSV: one line per value."""
+SUFFIXES = (".csv", ".md", ".tex")
+SHOWN_K = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its interval, or why there is none. `None` stands for missing; NaN is turned into it."""
+
+    estimate: float | None
+    low: float | None = None
+    high: float | None = None
+    bounded: bool = False
+    """Whether an interval belongs to this number at all."""
+    reason: str = ""
+    """Why the estimate, or its interval, is missing."""
+    format: Callable[[float], str] | None = None
+    """Overrides the column's format."""
+
+    def __post_init__(self) -> None:
+        for name in ("estimate", "low", "high"):
+            number = getattr(self, name)
+            if number is not None:
+                object.__setattr__(self, name, float(number) if np.isfinite(number) else None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return self.estimate is not None and not (self.bounded and None in (self.low, self.high))
+
+    @property
+    def why(self) -> str:
+        """Reason of what is missing, never empty then; empty when nothing is."""
+        return "" if self.complete else self.reason or NO_REASON
+
+
+Cell = Value | str
+Format = Callable[[float], str]
+
+
+def signed(number: float) -> str:
+    """`−0.81`, `+0.10`."""
+    return _tidy(f"{number:+.2f}")
+
+
+def signed3(number: float) -> str:
+    """`+0.012`."""
+    return _tidy(f"{number:+.3f}")
+
+
+def plain(number: float) -> str:
+    """`0.481`."""
+    return _tidy(f"{number:.3f}")
+
+
+def general(number: float) -> str:
+    """Three significant digits: `−41.3`, `0.950`, `1660`, `1.23e+06`."""
+    if 1000 <= abs(number) < 1e6:
+        return _tidy(f"{float(f'{number:.3g}'):.0f}")
+    return _tidy(f"{number:#.3g}".removesuffix("."))
+
+
+def short(number: float) -> str:
+    """Up to three significant digits, as a coordinate is written: `0.05`, `0.0167`."""
+    return _tidy(f"{number:.3g}")
+
+
+def count(number: float) -> str:
+    """A whole number."""
+    return _tidy(f"{number:.0f}")
+
+
+def percent(number: float) -> str:
+    """`12%`, one decimal below ten."""
+    return _tidy(f"{number:.1%}" if 0 < abs(number) < 0.1 else f"{number:.0%}")
+
+
+def _tidy(text: str) -> str:
+    """With a minus sign for a hyphen, and no sign on what was rounded to zero."""
+    if not text.strip("+-0.%"):
+        return text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of values, or of text where its cells are strings."""
+
+    key: str
+    """Name in the CSV."""
+    title: str
+    """Heading elsewhere."""
+    format: Format = signed
+    shown: bool = True
+    """Whether it appears outside the CSV."""
+    wide: bool = False
+    """Whether it holds running text, which has to wrap."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What the reader sees for a text; the CSV keeps the text itself."""
+
+
+@dataclass
+class Table:
+    """Rows of labels and values; `labels` and `columns` are keyed alike in every row."""
+
+    name: str
+    title: str
+    note: str
+    labels: list[Column]
+    columns: list[Column]
+    rows: list[dict[str, Cell]] = field(default_factory=list)
+
+    @property
+    def shown(self) -> list[Column]:
+        """Columns of the formats for reading."""
+        return [column for column in (*self.labels, *self.columns) if column.shown]
+
+    def layout(self) -> tuple[list[list[tuple[str, int]]], list[str]]:
+        """Rows of (text, number of its footnote or 0) for `shown`, and the footnotes in order."""
+        footnotes: list[str] = []
+        body = []
+        for row in self.rows:
+            line = []
+            for column in self.shown:
+                text, why = cell_text(row[column.key], column)
+                if why and why not in footnotes:
+                    footnotes.append(why)
+                line.append((text, footnotes.index(why) + 1 if why else 0))
+            body.append(line)
+        return body, footnotes
+
+
+def cell_text(cell: Cell, column: Column) -> tuple[str, str]:
+    """What a cell says to a reader, and the reason of what is missing in it (or "")."""
+    if isinstance(cell, str):
+        return column.names.get(cell, cell) or "none", ""
+    if cell.estimate is None:
+        return NOT_DEFINED, cell.why
+    write = cell.format or column.format
+    text = write(cell.estimate)
+    if not cell.bounded:
+        return text, ""
+    if cell.low is None or cell.high is None:
+        return f"{text} [{NOT_DEFINED}]", cell.why
+    return f"{text} [{write(cell.low)}, {write(cell.high)}]", ""
+
+
+# Writers
+
+
+def to_csv(table: Table) -> str:
+    """One line per value: the row's labels, then `CSV_COLUMNS`. Numbers in full precision, no cell is empty.
+
+    A missing number is `not defined` and has its reason in `reason`, which is `none` otherwise; bounds of a number that
+    has no interval by its nature are `not applicable`.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*(label.key for label in table.labels), *CSV_COLUMNS])
+    for row in table.rows:
+        labels = [str(row[label.key]) or "none" for label in table.labels]
+        for column in table.columns:
+            cell = row[column.key]
+            if isinstance(cell, str):
+                writer.writerow([*labels, column.key, cell or "none", "not applicable", "not applicable", "none"])
+                continue
+            bounds = [_full(bound) if cell.bounded else "not applicable" for bound in (cell.low, cell.high)]
+            writer.writerow([*labels, column.key, _full(cell.estimate), *bounds, cell.why or "none"])
+    return out.getvalue()
+
+
+def _full(number: float | None) -> str:
+    if number is None:
+        return NOT_DEFINED
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table under its title, with the note and numbered footnotes below."""
+    body, footnotes = table.layout()
+    lines = [f"## {escape_markdown(table.title)}", ""]
+    lines += ["| " + " | ".join(escape_markdown(column.title) for column in table.shown) + " |"]
+    keys = {label.key for label in table.labels}
+    lines += ["|" + "|".join("---" if column.key in keys or column.wide else "---:" for column in table.shown) + "|"]
+    for row in body:
+        cells = [escape_markdown(text) + (f"[^{table.name}-{mark}]" if mark else "") for text, mark in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    if table.note:
+        lines += ["", escape_markdown(table.note)]
+    if footnotes:
+        lines.append("")
+        lines += [f"[^{table.name}-{i}]: {escape_markdown(text)}" for i, text in enumerate(footnotes, 1)]
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A `table` environment with booktabs rules, no wider than the text; footnotes below it.
+
+    Needs the packages booktabs and graphicx, and a UTF-8 engine or inputenc (characters beyond ASCII are written as
+    commands where LaTeX has one).
+    """
+    body, footnotes = table.layout()
+    keys = {label.key for label in table.labels}
+    spec = "".join(
+        "p{0.34\\textwidth}" if column.wide else "l" if column.key in keys else "r" for column in table.shown
+    )
+    lines = ["% needs \\usepackage{booktabs,graphicx}", "\\begin{table}", "\\centering"]
+    lines += [f"\\caption{{{escape_latex(table.title)}}}", f"\\label{{tab:{table.name.replace('_', '-')}}}"]
+    lines += ["\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%"]
+    lines += [f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
+    lines += [" & ".join(escape_latex(column.title) for column in table.shown) + " \\\\", "\\midrule"]
+    for row in body:
+        cells = [escape_latex(text) + (f"\\textsuperscript{{{mark}}}" if mark else "") for text, mark in row]
+        lines.append(" & ".join(cells) + " \\\\")
+    lines += ["\\bottomrule", "\\end{tabular}}"]
+    below = [escape_latex(table.note)] if table.note else []
+    below += [f"\\textsuperscript{{{i}}} {escape_latex(text)}" for i, text in enumerate(footnotes, 1)]
+    lines += [f"\\par\\smallskip{{\\footnotesize {text}\\par}}" for text in below]
+    lines.append("\\end{table}")
+    return "\n".join(lines) + "\n"
+
+
+WRITERS: dict[str, Callable[[Table], str]] = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
+
+
+def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """Write each table as .csv, .md and .tex into `folder`; returns the paths. Files appear whole or not at all."""
+    return [
+        write_whole(folder / f"{table.name}{suffix}", write(table).encode())
+        for table in tables
+        for suffix, write in WRITERS.items()
+    ]
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write under a temporary name in the same directory, then rename; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+_LATEX = {
+    "\\": "\\textbackslash{}",
+    "{": "\\{",
+    "}": "\\}",
+    "$": "\\$",
+    "&": "\\&",
+    "#": "\\#",
+    "%": "\\%",
+    "_": "\\_",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    '"': "''",
+    "`": "\\textasciigrave{}",
+    "[": "{[}",
+    "]": "{]}",
+    "−": "$-$",
+    "×": "$\\times$",
+    "±": "$\\pm$",
+    "≤": "$\\leq$",
+    "≥": "$\\geq$",
+    "½": "$\\frac{1}{2}$",
+    "²": "$^2$",
+    "√": "$\\surd$",
+    "∂": "$\\partial$",
+    "Δ": "$\\Delta$",
+    "α": "$\\alpha$",
+    "β": "$\\beta$",
+    "δ": "$\\delta$",
+    "ε": "$\\varepsilon$",
+    "η": "$\\eta$",
+    "θ": "$\\theta$",
+    "π": "$\\pi$",
+    "ρ": "$\\rho$",
+    "τ": "$\\tau$",
+    "…": "\\ldots{}",
+    "–": "\\textendash{}",
+    "—": "\\textemdash{}",
+    "\n": " ",
+    "\t": " ",
+}
+
+
+def escape_latex(text: str) -> str:
+    """`text` so that LaTeX prints it as it is. Brackets are wrapped: a line break would take them for its argument."""
+    escaped = "".join(_LATEX.get(character, character) for character in text)
+    return re.sub("-(?=-)", "-{}", escaped)
+
+
+def escape_markdown(text: str) -> str:
+    """`text` so that Markdown prints it as it is within one table cell."""
+    escaped = re.sub(r"([\\`*_{}<>|~#\[\]])", r"\\\1", text)
+    return re.sub(r"\s*\n\s*", " ", escaped.replace("&", "&amp;"))
+
+
+# What each table holds
+
+
+def all_tables(analysis: RunAnalysis) -> list[Table]:
+    """Every table that the analysis has something for, in the order of a report."""
+    builders = (
+        claims_table,
+        correlations_table,
+        improvement_table,
+        training_table,
+        trend_table,
+        curvature_table,
+        diagnostics_table,
+        pass_at_k_table,
+        slices_table,
+    )
+    return [table for table in (build(analysis) for build in builders) if table is not None and table.rows]
+
+
+STEP = Column("step", "step", count)
+SLICE = Column("slice_seed", "slice", count)
+
+
+def claims_table(analysis: RunAnalysis) -> Table:
+    """One row per claim: verdict, estimate, prompts."""
+    table = Table(
+        "claims",
+        "Claims and verdicts",
+        f"Intervals at {analysis.bootstrap.level:.0%}. T1: contribution beyond the radius; T2: early change in "
+        "Fisher's z; T3: Δpass@k minus half of Δpass@1.",
+        [Column("claim", "claim"), Column("title", "what it says", wide=True), Column("verdict", "verdict")],
+        [
+            Column("estimate", "estimate", signed3),
+            Column("prompts", "prompts", count),
+            Column("prompts_needed", "prompts needed", count),
+            Column("sentence", "in words", wide=True),
+            Column("rule", "rule", shown=False),
+        ],
+    )
+    for claim in analysis.claims:
+        undecided = claim.verdict.startswith("undecided")
+        needed: Cell = "already decided" if not undecided else "not known"
+        if claim.verdict.startswith("not measurable"):
+            needed = "not a question of prompts"
+        if claim.prompts_needed is not None:
+            needed = Value(claim.prompts_needed)
+        table.rows.append(
+            {
+                "claim": claim.name,
+                "title": claim.title,
+                "verdict": claim.verdict,
+                "estimate": Value(claim.estimate, *claim.interval, bounded=True, reason=claim.sentence),
+                "prompts": Value(claim.prompts),
+                "prompts_needed": needed,
+                "sentence": claim.sentence,
+                "rule": claim.rule,
+            }
+        )
+    return table
+
+
+def correlations_table(analysis: RunAnalysis) -> Table | None:
+    """One row per snapshot, slice and pair. The CSV has every statistic of every control."""
+    data = analysis.correlations
+    if "pair" not in data.dims:
+        return None
+    shown = {
+        ("pearson", "none"): "Pearson",
+        ("spearman", "none"): "Spearman",
+        ("corrected", "none"): "corrected",
+        ("corrected", "linear"): "linear partial",
+        ("corrected", "smooth"): "smooth",
+        ("corrected", "shell"): "within shells",
+        ("corrected", "radial"): "radial null",
+        ("contribution", "shell"): "beyond the radius",
+    }
+    statistics = ("pearson", "spearman", "corrected", "spearman_corrected", "contribution")
+    controls = [str(c) for c in data["control"].values]
+    titles = dict(shown)
+    for statistic in statistics:
+        for control in controls:
+            if statistic in data:
+                titles.setdefault((statistic, control), f"{statistic}, {CONTROL_NAMES.get(control, control)}")
+    columns = [
+        Column(f"{statistic}_{control}", title, signed, shown=(statistic, control) in shown)
+        for (statistic, control), title in titles.items()
+    ]
+    members = ("first", "second")
+    if "reliability" in data:
+        columns += [Column(f"reliability_{m}", f"reliability, {m}", plain) for m in members]
+    quantities = [str(q) for q in data["quantity"].values] if "radial_share" in data else []
+    columns += [Column(f"radial_share_{q}", f"share of {q} by radius", percent, shown=False) for q in quantities]
+    columns += [Column(name, name, count, shown=False) for name in ("points", "prompts")]
+    table = Table(
+        "correlations",
+        "Correlations over the slice",
+        f"Pearson and Spearman: of the points' means. Corrected and everything to its right: sampling noise taken out; "
+        "linear partial, smooth and within shells also take the radius out, the radial null keeps nothing else. Beyond "
+        "the radius: what differences within shells add to the corrected correlation. Intervals over prompts at "
+        f"{analysis.bootstrap.level:.0%}. Reliability: share of the variance over points that is not noise, of the "
+        "first and the second quantity of the pair.",
+        [STEP, SLICE, Column("pair", "pair", names=PAIR_NAMES)],
+        columns,
+    )
+    for labels, here in _snapshots(data):
+        for pair in map(str, data["pair"].values):
+            row: dict[str, Cell] = {**labels, "pair": pair}
+            chosen = here.sel(pair=pair)
+            for statistic, control in titles:
+                where = {"control": control} if control in controls else None
+                row[f"{statistic}_{control}"] = _value(
+                    chosen, statistic, where, f"control {control!r} was not computed"
+                )
+            plain_part = {"control": "none"} if "none" in controls else {"control": controls[0]}
+            if "reliability" in data:
+                for member in members:
+                    row[f"reliability_{member}"] = _value(chosen, "reliability", {**plain_part, "member": member})
+            for quantity in quantities:
+                row[f"radial_share_{quantity}"] = _value(
+                    chosen.drop_vars("reason"),
+                    "radial_share",
+                    {"quantity": quantity},
+                    "too few prompts, no such quantity, or no variation beyond sampling noise",
+                )
+            for name in ("points", "prompts"):
+                row[name] = _value(chosen, name, plain_part)
+            table.rows.append(row)
+    return table
+
+
+def improvement_table(analysis: RunAnalysis) -> Table:
+    """One row per snapshot and slice: better points, the best point, its gain, overlap of regions."""
+    data = analysis.improvement
+    level, region = data.attrs.get("level"), data.attrs.get("region")
+    columns = {
+        "better_share": ("better share", percent),
+        "better_count": ("better points", count),
+        "best_alpha": ("best α", short),
+        "best_beta": ("best β", short),
+        "best_radius": ("best radius", short),
+        "best_kl": ("best KL, nat", general),
+        "naive_gain": ("naive gain", signed3),
+        "gain": ("corrected gain", signed3),
+        "chosen_share": ("same choice", percent),
+        "overlap": ("overlap", percent),
+        "chance": ("by chance", percent),
+        "radial_chance": ("by radius alone", percent),
+        "radial_high": ("by radius, 95th percentile", percent),
+        "tested": ("points tested", count),
+    }
+    return Table(
+        "improvement",
+        "Better policies next to the checkpoint",
+        "Better: significantly better than the origin"
+        + (f" at a false discovery rate of {level:.0%}" if level is not None else "")
+        + ". Naive gain: of the best point, chosen and valued by the same rollouts, hence too high. Corrected gain: "
+        "chosen by half of the prompts and valued on the other half. Overlap: share of the lowest-KL"
+        + (f" {region:.0%}" if region is not None else "")
+        + " of the points that are also among the highest-reward ones.",
+        [STEP, SLICE],
+        [
+            Column(name, title, style, shown=name not in ("radial_high", "tested"))
+            for name, (title, style) in columns.items()
+        ],
+        [{**labels, **{name: _value(here, name) for name in columns}} for labels, here in _snapshots(data)],
+    )
+
+
+def curvature_table(analysis: RunAnalysis) -> Table | None:
+    """One row per snapshot, slice and quantity: the quadratic around the origin."""
+    data = analysis.curvature
+    if "curvature" not in data:
+        return None
+    quantities = [str(q) for q in data["quantity"].values] if "quantity" in data.dims else [""]
+    terms = {
+        "gradient_alpha": "∂/∂α",
+        "gradient_beta": "∂/∂β",
+        "constant": "value at the origin",
+        "hessian_aa": "∂²/∂α²",
+        "hessian_ab": "∂²/∂α∂β",
+        "hessian_bb": "∂²/∂β²",
+    }
+    columns = [Column(f"curvature_{end}", f"{end}est curvature", general) for end in ("low", "high")]
+    columns += [Column(term, title, general, shown=term.startswith("gradient")) for term, title in terms.items()]
+    columns += [Column("r_squared", "R²", plain), Column("points", "points", count)]
+    table = Table(
+        "curvature",
+        "Gradient and curvature at the checkpoint",
+        "A quadratic fitted near the origin; curvatures are the eigenvalues of its Hessian in the slice, per unit step "
+        f"squared. Intervals over prompts at {analysis.bootstrap.level:.0%}.",
+        [STEP, SLICE, Column("of", "of", names={"kl": "KL"})],
+        columns,
+    )
+    for labels, here in _snapshots(data):
+        for quantity in quantities:
+            part = here.sel(quantity=quantity) if quantity else here
+            row: dict[str, Cell] = {**labels, "of": quantity or "reward"}
+            row |= {f"curvature_{end}": _value(part, "curvature", {"eigen": end}) for end in ("low", "high")}
+            row |= {term: _value(part, "coefficient", {"term": term}) for term in terms}
+            table.rows.append(row | {name: _value(part, name) for name in ("r_squared", "points")})
+    return table
+
+
+def training_table(analysis: RunAnalysis) -> Table:
+    """One row per snapshot: the checkpoint itself."""
+    data = analysis.training
+    titles = {
+        "reward": "reward",
+        "pass_1": "pass@1",
+        "pass_k": f"pass@{analysis.k}",
+        "entropy": "entropy, nat per token",
+        "kl_scale": "KL scale, nat",
+    }
+    present = [name for name in titles if name in data and (name != "pass_k" or analysis.k > 1)]
+    return Table(
+        "training",
+        "The checkpoints over training",
+        f"Means over prompts with Student intervals at {analysis.bootstrap.level:.0%}.",
+        [STEP],
+        [Column(name, titles[name], plain) for name in present],
+        [
+            {"step": str(step), **{name: _value(data, name, {"step": step}, "not measured") for name in present}}
+            for step in _steps(data)
+        ],
+    )
+
+
+def trend_table(analysis: RunAnalysis) -> Table | None:
+    """One row per control: trend and change point of the KL–reward correlation over training."""
+    data = analysis.over_training
+    if "control" not in data.dims:
+        return None
+    columns = [
+        Column("slope", "slope against ln(1 + step)", signed3),
+        Column("tau", "Kendall's τ", signed),
+        Column("change_step", "changes at step", count),
+        Column("change", "change", signed3),
+        Column("explained", "variance explained", percent),
+    ]
+    table = Table(
+        "trend",
+        "KL–reward correlation over training",
+        "In Fisher's z of the contribution that the control leaves. One change of level is fitted; the interval of its "
+        f"step and all others over prompts at {analysis.bootstrap.level:.0%}.",
+        [Column("control", "control", names=CONTROL_NAMES)],
+        columns,
+    )
+    for control in map(str, data["control"].values):
+        row: dict[str, Cell] = {"control": control}
+        intervals = {"change_step": "change_interval", "change": "change_size_interval"}
+        for column in columns:
+            row[column.key] = _value(data, column.key, {"control": control}, interval=intervals.get(column.key))
+        table.rows.append(row)
+    return table
+
+
+def slices_table(analysis: RunAnalysis) -> Table | None:
+    """One row per snapshot, pair and control: what holds for another random slice; None without several slices."""
+    data = analysis.slices
+    if data is None:
+        return None
+    table = Table(
+        "slices",
+        "Agreement between slices of one snapshot",
+        "Contribution to the corrected correlation, mean over slices, with Student's interval over slices at "
+        f"{analysis.bootstrap.level:.0%}; spread: standard deviation of Fisher's z.",
+        [STEP, Column("pair", "pair", names=PAIR_NAMES), Column("control", "control", names=CONTROL_NAMES)],
+        [Column("mean", "mean"), Column("spread", "spread", plain), Column("slices", "slices", count)],
+    )
+    for step in _steps(data):
+        for pair in map(str, data["pair"].values):
+            for control in map(str, data["control"].values):
+                where = {"step": step, "pair": pair, "control": control}
+                why = "fewer than two slices define it"
+                table.rows.append(
+                    {
+                        "step": str(step),
+                        "pair": pair,
+                        "control": control,
+                        **{name: _value(data, name, where, why) for name in ("mean", "spread", "slices")},
+                    }
+                )
+    return table
+
+
+def pass_at_k_table(analysis: RunAnalysis) -> Table | None:
+    """One row per snapshot: pass@k for a few k (all of them in the CSV)."""
+    data = analysis.diagnostics.get("pass_at_k")
+    if data is None or "pass_at_k" not in data:
+        return None
+    ks = [int(k) for k in data["k"].values]
+    shown = {k for k in ks if k in SHOWN_K} | {ks[-1]}
+    why = "no prompt has that many valid rollouts"
+    return Table(
+        "pass_at_k",
+        "pass@k of the checkpoints",
+        f"Unbiased estimates with Student intervals over prompts at {analysis.bootstrap.level:.0%}.",
+        [STEP],
+        [Column(f"pass_at_{k}", f"pass@{k}", plain, shown=k in shown) for k in ks],
+        [
+            {"step": str(step)} | {f"pass_at_{k}": _value(data, "pass_at_k", {"step": step, "k": k}, why) for k in ks}
+            for step in _steps(data)
+        ],
+    )
+
+
+def diagnostics_table(analysis: RunAnalysis) -> Table:
+    """One row per number: entropy law, exploitation index, two stages, crossing, token surprisal."""
+    found = analysis.diagnostics
+    table = Table(
+        "diagnostics",
+        "Companion diagnostics",
+        "Entropy law: R = −a exp(H) + b. Exploitation index: 1 − Δpass@k / Δpass@1 between the first and the last "
+        "snapshot.",
+        [Column("diagnostic", "diagnostic"), Column("of", "of"), Column("number", "number")],
+        [Column("value", "value", general)],
+    )
+
+    def add(diagnostic: str, of: str, number: str, cell: Cell) -> None:
+        table.rows.append({"diagnostic": diagnostic, "of": of, "number": number, "value": cell})
+
+    law = {"a": "a", "b": "b", "ceiling": "reward at zero entropy, b − a", "r_squared": "R²"}
+    if "entropy_law_training" in found:
+        for name, title in law.items():
+            add("entropy law", "training", title, _value(found["entropy_law_training"], name))
+    if "entropy_law_slice" in found:
+        data = found["entropy_law_slice"]
+        for step in _steps(data):
+            for name, title in law.items():
+                add("entropy law", f"slice at step {step}", title, _value(data, name, {"step": step}))
+    series = analysis.over_training
+    reason = _text(series, "exploitation_reason")
+    of = "training"
+    if "exploitation_first_step" in series:
+        of = f"step {int(series['exploitation_first_step'])} to {int(series['exploitation_last_step'])}"
+    for name, title in {
+        "gain": "Δpass@1",
+        "coverage": f"Δpass@{analysis.k}",
+        "contrast": f"Δpass@{analysis.k} − ½ Δpass@1",
+        "index": "exploitation index",
+    }.items():
+        if f"exploitation_{name}" in series:
+            add(
+                "exploitation",
+                of,
+                title,
+                _value(series.drop_vars("reason", errors="ignore"), f"exploitation_{name}", None, reason),
+            )
+    if "two_stage" in found:
+        data = found["two_stage"]
+        for name, title in {
+            "before": "slope before the bend",
+            "after": "slope after the bend",
+            "bend": "step of the bend",
+            "explained": "squared error the bend takes away",
+        }.items():
+            cell = _value(data, name)
+            add("two stages", f"pass@{analysis.k}", title, replace(cell, format=count) if name == "bend" else cell)
+        if "stage" in data:
+            add("two stages", f"pass@{analysis.k}", "reading", _text(data, "stage"))
+    if "crossing" in found:
+        data = found["crossing"]
+        steps = [data.attrs.get(name) for name in ("first_step", "last_step")]
+        of = f"step {steps[1]} minus {steps[0]}" if None not in steps else "last minus first snapshot"
+        ks = [int(k) for k in data["k"].values]
+        for k in sorted({ks[0], ks[-1]}):
+            why = "no prompt has that many valid rollouts"
+            add("crossing", of, f"Δpass@{k}", _value(data.drop_vars("reason"), "difference", {"k": k}, why))
+        add(
+            "crossing",
+            of,
+            "first k at which the earlier snapshot wins",
+            replace(_value(data, "crossing_k"), format=count),
+        )
+    if "token_surprisal" in found:
+        data = found["token_surprisal"]
+        for step in _steps(data):
+            for name, title in {
+                "mean": "mean, nat per token",
+                "top_share": "carried by the top 20 % of tokens",
+            }.items():
+                add("token surprisal", f"step {step}", title, _value(data, name, {"step": step}))
+    return table
+
+
+# Reading the analysis
+
+
+def _value(
+    data: xr.Dataset, name: str, where: Mapping | None = None, why: str = "", *, interval: str | None = None
+) -> Value:
+    """A scalar of the analysis with its interval and reason; tolerates that any of them is absent."""
+    bounds_name = interval or f"{name}_interval"
+    if name not in data:
+        return Value(None, bounded=bounds_name in data, reason=why or "not part of this analysis")
+    number = _pick(data[name], where)
+    low = high = None
+    if bounds_name in data:
+        bounds = _pick_array(data[bounds_name], where)
+        low, high = (float(bounds.sel(bound=bound)) for bound in ("low", "high"))
+    reason = _text(data, "reason", where) or why
+    return Value(number, low, high, bounded=bounds_name in data, reason=reason)
+
+
+def _pick_array(array: xr.DataArray, where: Mapping | None) -> xr.DataArray:
+    return array.sel({dim: label for dim, label in (where or {}).items() if dim in array.dims})
+
+
+def _pick(array: xr.DataArray, where: Mapping | None) -> float:
+    return float(_pick_array(array, where))
+
+
+def _text(data: xr.Dataset, name: str, where: Mapping | None = None) -> str:
+    if name not in data:
+        return ""
+    chosen = _pick_array(data[name], where)
+    return str(chosen.item()) if chosen.ndim == 0 else ""
+
+
+def _steps(data: xr.Dataset) -> list[int]:
+    return [int(step) for step in np.atleast_1d(data["step"].values)] if "step" in data.coords else []
+
+
+def _snapshots(data: xr.Dataset) -> Iterator[tuple[dict[str, Cell], xr.Dataset]]:
+    """Labels and values of every (step, slice_seed) of the dataset."""
+    for step in _steps(data):
+        for seed in map(int, np.atleast_1d(data["slice_seed"].values)):
+            where = {dim: label for dim, label in (("step", step), ("slice_seed", seed)) if dim in data.dims}
+            yield {"step": str(step), "slice_seed": str(seed)}, data.sel(where)

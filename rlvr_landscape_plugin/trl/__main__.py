@@ -1,0 +1,36 @@
+"""The command `python -m rlvr_landscape_plugin.trl`; mistakes in the configuration answer before torch loads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rlvr_landscape_plugin.config import TrainConfig, load_config, train_report
+from rlvr_landscape_plugin.errors import run_cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+
+    def run() -> None:
+        config = load_config(sys.argv[1:] if argv is None else argv, TrainConfig)
+        if config.dry_run:
+            print(train_report(config))
+            return
+        # Threads that spin while they wait for each other cost several times the work itself on a shared machine.
+        # OpenMP reads this once, when torch loads; the server shall have its own defaults.
+        given = os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        import torch  # noqa: F401
+
+        if given == "PASSIVE":
+            os.environ.pop("OMP_WAIT_POLICY")
+        from rlvr_landscape_plugin.trl.run import train
+
+        train(config)
+
+    return run_cli(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

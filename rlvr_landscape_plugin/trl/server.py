@@ -1,0 +1,160 @@
+"""The sampler of a training run: a vLLM server that always holds the policy of the present step.
+
+TRL's loop is synchronous, episodes are not: an event loop in a thread of its own owns the server and the client, and
+the methods here wait for it. New weights travel as a small snapshot directory below the server's roots, which the
+landscape engine loads and moves to the origin: the path that sweeps use, with its checks (tensors, checksum, weight
+version on every sampling call), and no second one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlvr_landscape_plugin.config import TrainConfig
+from rlvr_landscape_plugin.directions import SliceSpec
+from rlvr_landscape_plugin.episodes import (
+    ChatFormat,
+    EpisodeRunner,
+    Rollout,
+    load_tasks,
+    open_environment,
+    sampling_seed,
+)
+from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.serving.client import LandscapeClient
+from rlvr_landscape_plugin.serving.launch import local_server, tail
+from rlvr_landscape_plugin.snapshot import Snapshot, open_snapshot
+
+if TYPE_CHECKING:
+    import verifiers.v1 as vf
+
+_T = TypeVar("_T")
+_STILL = SliceSpec(seed=0, exclude=("*",))
+"""A slice in which nothing moves: only the weights are wanted, no directions."""
+
+
+class Practice:
+    """One taskset with its first tasks, to be played by the server's policy."""
+
+    def __init__(self, env_id: str, taskset: dict[str, Any], count: int) -> None:
+        self.env = open_environment(env_id, taskset)
+        self.tasks: list[vf.Task] = load_tasks(self.env, count)
+
+
+class PolicyServer:
+    """A local server and the episodes against it; use as a context manager."""
+
+    def __init__(self, config: TrainConfig, base: Snapshot, scratch: Path, log: Path) -> None:
+        self._config, self._base, self._scratch, self._log = config, base, scratch, log
+        self._chat = ChatFormat(base.path)
+        self._runners: dict[int, EpisodeRunner] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="policy-server", daemon=True)
+        self._stack = contextlib.AsyncExitStack()
+        self._client: LandscapeClient
+        self._max_model_len = 0
+        self.held: int | None = None
+        """The step whose weights the server holds."""
+
+    def __enter__(self) -> PolicyServer:
+        self._thread.start()
+        try:
+            self._wait(self._start())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._wait(self._stack.aclose())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's own tokenizer."""
+        return self._chat.tokenizer
+
+    def _wait(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except ServerError as error:
+            raise ServerError(
+                f"{error}; complete states are kept, the same command continues\n{tail(self._log)}"
+            ) from error
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _start(self) -> None:
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        config = self._config.server
+        roots = [self._base.path, self._scratch.resolve()]
+        local = await self._stack.enter_async_context(local_server(config, self._base.path, roots, self._log))
+        client = LandscapeClient(local.url, local.token, timeout=config.request_timeout)
+        self._client = await self._stack.enter_async_context(client)
+        self._max_model_len = int((await self._client.info())["max_model_len"])
+
+    def push(self, save: Callable[[Path], None], step: int) -> None:
+        """Give the server the weights that `save` writes, unless it holds those of `step` already.
+
+        The server must report the checksum of the files just written; every later sampling call names the weight
+        version of this move, so rollouts of older weights cannot happen unnoticed.
+        """
+        if self.held == step:
+            return
+        self.held = None
+        folder = self._scratch / "policy"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        save(folder)
+        expected = open_snapshot(folder).sha256
+        self._wait(self._take(folder, expected))
+        self.held = step
+
+    async def _take(self, folder: Path, expected: str) -> None:
+        facts = await self._client.load(str(folder.resolve()), _STILL.as_dict())
+        if facts["snapshot_sha256"] != expected:
+            raise ServerError(f"{self._client.url} read other weights from {folder} than were written there")
+        await self._client.move(0.0, 0.0)
+
+    def roll(
+        self,
+        practice: Practice,
+        indices: Sequence[int],
+        rollouts: int,
+        stream: str,
+        progress: Callable[[], None] = lambda: None,
+    ) -> list[list[Rollout]]:
+        """`rollouts` episodes of each task `practice.tasks[i]`: [task][rollout].
+
+        Sampling seeds are a function of the run's seed, `stream`, the task's index, the rollout and the turn.
+        """
+        runner = self._runners.get(id(practice))
+        if runner is None:
+            config = self._config
+            runner = self._runners[id(practice)] = EpisodeRunner(
+                practice.env,
+                self._chat,
+                self._client,
+                config.sampling.max_tokens,
+                self._max_model_len,
+                config.env.max_concurrent,
+            )
+
+        def seed(place: int, rollout: int, turn: int) -> int:
+            return sampling_seed(self._config.seed, stream, indices[place], rollout, turn)
+
+        tasks = [practice.tasks[index] for index in indices]
+        return self._wait(runner.batch(tasks, rollouts, seed, progress))

@@ -1,0 +1,363 @@
+"""TRL's GRPOTrainer with the project's rollouts, objective, metrics, states and snapshots.
+
+What is replaced, and why: the rollout function (episodes of the project against the project's server), the advantages
+(`objectives.group_advantages`, the same numbers as in the landscape's surrogate) and the loss
+(`objectives.Objective`). One call of the objective sees an update's whole share of the batch, so every objective is
+exact, those with statistics of the batch included.
+
+Order within a step, which is what makes a killed run resumable: update · metrics line · evaluation · training state,
+complete only with its marker · snapshot. So a snapshot exists only where a state at its step or later exists, and no
+step with a snapshot is ever trained twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+with warnings.catch_warnings():
+    # TRL's own vLLM client is not used; which versions of vLLM that one supports is of no concern here.
+    warnings.simplefilter("ignore")
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+from rlvr_landscape_plugin.config import ObjectiveConfig, TrainConfig
+from rlvr_landscape_plugin.objectives import Objective, configure, group_advantages
+from rlvr_landscape_plugin.trl.batch import TrainerBatch, batch_metrics, to_batch
+from rlvr_landscape_plugin.trl.optimizer import make_optimizer
+from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
+
+COMPLETE = "COMPLETE"
+"""Marker of a training state that is whole: the last file to be written."""
+ROWS = 64
+"""Sequences in one pass through the model."""
+
+
+def complete_states(folder: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of every whole training state in `folder`, by step."""
+    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return sorted((step, path) for step, path in found if (path / COMPLETE).is_file())
+
+
+@dataclass
+class Hooks:
+    """What the run does at the points of a step that the trainer announces."""
+
+    metrics: Callable[[int, dict[str, Any]], None]
+    """A step is done; its metrics."""
+    evaluate: Callable[[int], None]
+    """Weights have changed; called after every step."""
+    saved: Callable[[int, Path], None]
+    """A training state is complete, in this directory."""
+    episode: Callable[[], None]
+    """An episode of the batch finished."""
+    wants_state: Callable[[int], bool]
+    """Whether a training state is to be kept at this step."""
+
+
+class _SaveWhereAsked(TrainerCallback):
+    def __init__(self, wanted: Callable[[int], bool]) -> None:
+        self._wanted = wanted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = self._wanted(state.global_step)
+
+
+@dataclass
+class _Monitor:
+    """Some sequences of the present batch, on which policies are compared."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    mask: torch.Tensor
+    previous: torch.Tensor
+    """log π of the policy before the coming update, (sequence, token), nat."""
+
+
+def mean_kl(samplers: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> float:
+    """KL(sampler ‖ other) per completion, nat: mean over sequences of Σ (r − 1 − log r) with r = π_other / π_sampler.
+
+    Estimator k3 on the sampler's own tokens: unbiased, never negative. Sequences without sampled tokens do not count.
+    """
+    log_ratio = torch.where(mask, others - samplers, 0.0).double()
+    sums = (torch.expm1(log_ratio) - log_ratio).sum(dim=1)
+    return float(sums[mask.any(dim=1)].mean())
+
+
+def log_probability(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """log π and, without gradient, the full distribution's entropy of every sampled token, (sequence, token), nat.
+
+    0 outside the mask. Only sampled tokens pass the output head, a few rows at a time: on a CPU with a small policy
+    that takes under half the time of TRL's own pass over all completion tokens, made for large vocabularies.
+    """
+    logprobs, entropies = [], []
+    width = inputs["mask"].size(1)
+    for start in range(0, len(inputs["input_ids"]), ROWS):
+        ids, attention, mask = (inputs[name][start : start + ROWS] for name in ("input_ids", "attention_mask", "mask"))
+        hidden = model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+        # What stands before a token predicts it.
+        chosen = torch.log_softmax(model.get_output_embeddings()(hidden[:, -width - 1 : -1][mask]).float(), dim=-1)
+        said = chosen.gather(1, ids[:, -width:][mask][:, None])[:, 0]
+        still = chosen.detach()
+        spread = -(still.exp() * still).sum(dim=1)
+        empty = torch.zeros(mask.shape, dtype=said.dtype)
+        logprobs.append(empty.masked_scatter(mask, said))
+        entropies.append(empty.masked_scatter(mask, spread))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+class LandscapeGRPOTrainer(GRPOTrainer):
+    """One run; build it with `make_trainer`."""
+
+    def __init__(
+        self, run: TrainConfig, base: Any, server: PolicyServer, practice: Practice, hooks: Hooks, **options: Any
+    ) -> None:
+        self._run, self._server, self._practice, self._hooks = run, server, practice, hooks
+        self._objective = make_objective(run.objective)
+        self._base = base.requires_grad_(False).eval()
+        self._batch: TrainerBatch | None = None
+        self._monitor: _Monitor | None = None
+        self._of_batch: dict[str, float] = {}
+        self._of_update: dict[str, float] = {}
+        self._clock = time.perf_counter()
+        super().__init__(rollout_func=self._roll, reward_funcs=verifier, **options)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_SaveWhereAsked(hooks.wants_state))
+
+    # Rollouts
+
+    def save_policy(self, folder: Path) -> None:
+        """The present weights with their config, as a snapshot directory that a server can read."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+
+    def _roll(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        rollouts, step = self._run.env.rollouts, self.state.global_step
+        indices = [int(index) for index in prompts[::rollouts]]
+        if [int(index) for index in prompts] != [index for index in indices for _ in range(rollouts)]:
+            raise RuntimeError("TRL no longer repeats each prompt side by side; groups would mix tasks")
+        clock = [time.perf_counter()]
+        self._server.push(self.save_policy, step)
+        clock.append(time.perf_counter())
+        # Indices repeat when the tasks are used up, the step does not.
+        cells = self._server.roll(self._practice, indices, rollouts, f"train/{step}", self._hooks.episode)
+        clock.append(time.perf_counter())
+        self._batch = to_batch(cells, filler=int(self._server.tokenizer.eos_token_id))
+        self._of_batch = batch_metrics(cells)
+        self._of_batch |= dict(zip(("seconds_push", "seconds_rollouts"), np.diff(clock).tolist(), strict=True))
+        rewards = [None if math.isnan(reward) else reward for reward in self._batch.rewards.ravel().tolist()]
+        return {
+            "prompt_ids": self._batch.prompt_ids,
+            "completion_ids": self._batch.completion_ids,
+            "logprobs": self._batch.logprobs,
+            "env_mask": self._batch.env_mask,
+            "episode_reward": rewards,
+        }
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        output = super()._generate_and_score_completions(inputs)
+        assert self._batch is not None
+        scale = self._run.objective.advantage_scale or self._objective.advantage_scale
+        advantages = group_advantages(self._batch.rewards, scale, self._run.objective.advantage_eps)
+        output["advantages"] = torch.from_numpy(advantages.ravel()).to(output["advantages"])
+        self._watch(_joined(output))
+        return output
+
+    def _watch(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Choose sequences of a new batch for the KL measurements, and compare the sampling policy with the base."""
+        count = len(inputs["input_ids"])
+        chosen = torch.linspace(0, count - 1, min(self._run.monitor_rollouts, count)).round().long()
+        part = {name: values[chosen] for name, values in inputs.items() if values is not None}
+        with torch.no_grad():
+            present, _ = log_probability(self.model, part)
+            base, _ = log_probability(self._base, part)
+        self._monitor = _Monitor(part["input_ids"], part["attention_mask"], part["mask"], present)
+        self._of_batch["kl_base"] = mean_kl(present, base, part["mask"])
+        difference = (present - part["sampled"])[part["mask"]].abs()
+        self._of_batch["sampler_difference"] = float(difference.mean()) if len(difference) else 0.0
+
+    # The update
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        started = time.perf_counter()
+        joined = _joined(inputs)
+        logprobs, entropies = log_probability(model, joined)
+        feeds = {
+            "logprobs": logprobs,
+            "old_logprobs": joined["sampled"],
+            "advantages": inputs["advantages"],
+            "mask": joined["mask"],
+        }
+        if "entropies" in self._objective.needs:
+            feeds["entropies"] = entropies
+        if "generator" in self._objective.needs:
+            feeds["generator"] = self._generator()
+        if "reference_logprobs" in self._objective.needs:
+            with torch.no_grad():
+                feeds["reference_logprobs"], _ = log_probability(self._base, joined)
+        value = self._objective(**feeds)
+        mask = joined["mask"]
+        if "generator" in feeds:
+            # The same draws a second time, so that the tokens counted are those that were clipped.
+            feeds["generator"] = self._generator()
+        with torch.no_grad():
+            bound = self._objective.token_terms(**{name: _still(feed) for name, feed in feeds.items()}).bound
+            tokens = mask.sum().clamp(min=1)
+            self._of_update = {
+                "objective": float(value),
+                "entropy": float(entropies[mask].sum() / tokens),
+                "clip_fraction": float((bound & mask).sum() / tokens),
+                "tokens": int(mask.sum()),
+                "seconds_forward": time.perf_counter() - started,
+            }
+        return -value
+
+    def _generator(self) -> np.random.Generator:
+        return np.random.default_rng([self._run.seed, self.state.global_step])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's hook after every step: assemble the step's metrics, then evaluate if it is time."""
+        super().log(logs, start_time)
+        if "grad_norm" not in logs:
+            return
+        monitor = self._monitor
+        assert monitor is not None
+        with torch.no_grad():
+            inputs = {"input_ids": monitor.input_ids, "attention_mask": monitor.attention_mask, "mask": monitor.mask}
+            present, _ = log_probability(self.model, inputs)
+        moved = mean_kl(monitor.previous, present, monitor.mask)
+        monitor.previous = present
+        step = self.state.global_step
+        record = {
+            **self._of_batch,
+            **self._of_update,
+            "kl_previous": moved,
+            "grad_norm": float(logs["grad_norm"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "seconds": time.perf_counter() - self._clock,
+        }
+        self._hooks.metrics(step, record)
+        self._hooks.evaluate(step)
+        self._clock = time.perf_counter()
+
+    # States
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        step = self.state.global_step
+        root = Path(str(self.args.output_dir))
+        folder = root / f"checkpoint-{step}"
+        for file in [*(item for item in folder.rglob("*") if item.is_file()), folder]:
+            _sync(file)
+        (folder / COMPLETE).touch()
+        _sync(folder)
+        self._hooks.saved(step, folder)
+        for _, old in complete_states(root)[:-2]:
+            # The marker goes first: a removal that is cut short must not leave half a state that looks whole.
+            (old / COMPLETE).unlink()
+            shutil.rmtree(old)
+        self._clock = time.perf_counter()
+
+
+def verifier(prompts: Any, completions: Any, episode_reward: list[float | None], **rest: Any) -> list[float | None]:
+    """TRL's reward function: the taskset's own reward of each episode, None where the episode failed."""
+    return episode_reward
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The configured objective."""
+    return configure(config.name, **config.options)
+
+
+def _still(feed: Any) -> Any:
+    return feed.detach() if isinstance(feed, torch.Tensor) else feed
+
+
+def _joined(inputs: Any) -> dict[str, torch.Tensor]:
+    """TRL's columns side by side: whole sequences, and the mask of the tokens that the policy sampled."""
+    mask = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+        "mask": mask,
+        "sampled": inputs["sampling_per_token_logps"],
+    }
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_trainer(
+    config: TrainConfig,
+    model: Any,
+    base: Any,
+    tokenizer: Any,
+    server: PolicyServer,
+    practice: Practice,
+    states: Path,
+    hooks: Hooks,
+) -> LandscapeGRPOTrainer:
+    """The trainer of a run, ready for `train(resume_from_checkpoint=…)`.
+
+    `model` is trained; `base`, another copy of the same policy, stays what training started from.
+    """
+    from datasets import Dataset
+
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is marked experimental; it is what we need
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    updates = config.optimizer.updates_per_batch
+    arguments = GRPOConfig(
+        output_dir=str(states),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=config.batch // updates,
+        gradient_accumulation_steps=1,
+        steps_per_generation=updates,
+        num_generations=config.env.rollouts,
+        max_completion_length=config.server.max_model_len,
+        max_steps=config.steps,
+        learning_rate=config.optimizer.lr,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=config.optimizer.warmup_steps,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        beta=0.0,
+        temperature=1.0,
+        shuffle_dataset=False,
+        remove_unused_columns=False,
+        logging_strategy="steps",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        seed=config.seed,
+    )
+    return LandscapeGRPOTrainer(
+        config,
+        base,
+        server,
+        practice,
+        hooks,
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": [str(index) for index in range(len(practice.tasks))]}),
+        processing_class=tokenizer,
+        optimizers=(make_optimizer(model, config.optimizer), None),
+    )

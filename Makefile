@@ -30,6 +30,7 @@ test: lint  ## lint, then every test that this machine can run
 benchmarks: setup  ## the benchmarks whose numbers docs/benchmarks.md quotes
 	$(PYTHON) benchmarks/rollouts.py
 	$(PYTHON) benchmarks/moves.py
+	$(PYTHON) benchmarks/analysis.py
 
 clean:  ## remove outputs, keep the environment
 	rm -rf outputs

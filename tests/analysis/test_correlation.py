@@ -277,7 +277,7 @@ def test_impossible_settings_are_refused(bad):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "scenario",
-    [("kl", 9, 128, 4, 0.6), ("mixed", 9, 128, 2, 0.3), ("tilt", 7, 512, 1, 0.5), ("mixed", 7, 256, 4, 0.3)],
+    [("kl", 9, 128, 4, 0.6), ("mixed", 9, 128, 4, 0.3), ("tilt", 9, 128, 4, 0.6), ("mixed", 7, 256, 4, 0.3)],
     ids=lambda s: "-".join(map(str, s)),
 )
 def test_intervals_cover_the_truth(scenario):

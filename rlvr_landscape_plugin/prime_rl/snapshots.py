@@ -1,0 +1,342 @@
+"""The snapshot hook: HF weights of the policy at scheduled steps, however prime-rl broadcasts or shards them.
+
+prime-rl has no extension point for this. What every run does is `WeightBroadcast.broadcast_weights(model, step)`: with
+the incoming policy before the first batch (step 0, or the step it resumes from) and after every update. `install` wraps
+it, and `CheckpointManager.save(step, model, …)`, because a broadcast in memory (NCCL, NIXL) leaves out the last step,
+whose policy nothing samples from. The wrapped call comes first, so inference does not wait for a snapshot.
+
+At a scheduled step all ranks gather together, each writes the share that prime-rl's own helper leaves it, all exchange
+how that went, and the master makes the files a snapshot. Every rank reaches that exchange, so one that fails (a full
+disk, say) neither hangs the others nor ends training: the failure is logged, a line goes to `failures.jsonl` beside the
+snapshots, no half snapshot stays, and the next scheduled step is tried. A rank that fails *within* the collective
+gathering, out of GPU memory for instance, leaves the others waiting, as in the broadcast itself.
+
+Weights are in bfloat16, as inference gets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, SnapshotError
+from rlvr_landscape_plugin.objectives import Objective
+from rlvr_landscape_plugin.prime_rl.adapter import LossKwargs
+from rlvr_landscape_plugin.schedule import parse_schedule
+from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, find_snapshots, snapshot_name, write_snapshot
+
+VERSIONS = "0.8"
+"""The prime-rl series that this hook was checked with."""
+
+FAILURES = "failures.jsonl"
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
+_PRIVATE = {"env_vars", "headers"}
+"""Keys of prime-rl's configuration that may hold credentials."""
+
+
+def install(config: Any, kwargs: LossKwargs, objective: Objective) -> SnapshotHook:
+    """Wrap prime-rl's broadcast classes and its checkpoint manager in this process; `config` is its TrainerConfig.
+
+    Raises ConfigurationError for another prime-rl than the hook knows, for LoRA, for a schedule whose last step would
+    never be seen, and for a base model whose files are not on this machine.
+    """
+    from prime_rl.trainer.ckpt import CheckpointManager
+    from prime_rl.trainer.world import get_world
+    from prime_rl.transports.weights import WeightBroadcast
+    from prime_rl.utils import weights
+
+    classes = [cls for cls in WeightBroadcast.__subclasses__() if "broadcast_weights" in vars(cls)]
+    check_version(_prime_rl_version())
+    for function, first in (
+        *((cls.broadcast_weights, ("self", "model", "step")) for cls in (WeightBroadcast, *classes)),
+        (CheckpointManager.save, ("self", "step", "model")),
+        (weights.gather_weights_parallel, ("model",)),
+        (weights.convert_state_dict_to_hf, ("model", "state_dict")),
+    ):
+        check_signature(function, first)
+    steps = frozenset(parse_schedule(kwargs.snapshots or ""))
+    _check_reachable(config, steps)
+    hook = SnapshotHook(
+        steps=steps,
+        root=kwargs.directory or Path(config.output_dir) / "snapshots",
+        config=config,
+        objective={"name": objective.name, "options": dict(objective.options)},
+        base=base_directory(config.model.name) if get_world().is_master else None,
+    )
+    for cls in classes:
+        wrap(cls, "broadcast_weights", hook)
+    wrap(CheckpointManager, "save", hook)
+    return hook
+
+
+def wrap(cls: type, method: str, hook: Callable[[Any, int], None]) -> None:
+    """After each `cls.method(…, model, …, step, …)` that returns, call `hook(model, step)`."""
+    original = vars(cls)[method]
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        hook(given["model"], given["step"])
+        return result
+
+    setattr(cls, method, wrapped)
+
+
+def check_version(found: str | None) -> None:
+    """Refuse a prime-rl of another series; None, a checkout without package metadata, leaves it to the signatures."""
+    if found is not None and found.split(".")[:2] != VERSIONS.split("."):
+        raise ConfigurationError(f"prime-rl is {found}; the snapshot hook knows {VERSIONS}. {_WAY_OUT}")
+
+
+def check_signature(function: Callable[..., Any], first: tuple[str, ...]) -> None:
+    """Refuse a function whose first parameters have other names."""
+    found = tuple(inspect.signature(function).parameters)
+    if found[: len(first)] != first:
+        raise ConfigurationError(
+            f"{function.__module__}.{function.__qualname__} takes ({', '.join(found)}), the snapshot hook expects "
+            f"({', '.join(first)}, …) as in prime-rl {VERSIONS}. {_WAY_OUT}"
+        )
+
+
+_WAY_OUT = (
+    f'Use prime-rl {VERSIONS}, or set trainer.loss.kwargs.snapshots = "None" to train without snapshots; '
+    "prime-rl's own filesystem broadcast keeps those at multiples of ckpt.interval"
+)
+
+
+def _prime_rl_version() -> str | None:
+    try:
+        return version("prime-rl")
+    except PackageNotFoundError:
+        return None
+
+
+def _check_reachable(config: Any, steps: frozenset[int]) -> None:
+    if config.model.lora is not None:
+        raise ConfigurationError(
+            'trainer.model.lora trains adapters, a snapshot is a whole policy; remove lora, or set snapshots = "None"'
+        )
+    broadcast = config.weight_broadcast.type
+    if broadcast != "filesystem" and config.ckpt is None and config.max_steps in steps:
+        raise ConfigurationError(
+            f"snapshots name the last step, max_steps = {config.max_steps}, which a {broadcast} broadcast leaves out; "
+            "add [ckpt] (its final checkpoint is seen), or end the schedule earlier"
+        )
+
+
+def base_directory(model: str) -> Path:
+    """Where the files of the model that training starts from lie: `model` itself, or its place in the hub's cache."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            path = Path(snapshot_download(model, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError) as error:
+            raise ConfigurationError(
+                f"trainer.model.name is {model!r}, which is neither a directory nor in this machine's Hugging Face "
+                f"cache; snapshots need its config and tokenizer: hf download {model}"
+            ) from error
+    if not (path / "config.json").is_file():
+        raise ConfigurationError(f"trainer.model.name = {model!r}: {path} has no config.json")
+    return path
+
+
+@dataclass
+class SnapshotHook:
+    """Called with (model, step) after every broadcast and checkpoint, on every rank."""
+
+    steps: frozenset[int]
+    """The schedule."""
+    root: Path
+    """Where step_<N>/ and failures.jsonl go; all ranks must see it."""
+    config: Any
+    """prime-rl's TrainerConfig."""
+    objective: Mapping[str, Any]
+    """`name` and `options`, for the manifest."""
+    base: Path | None
+    """The model training started from, for config and tokenizer; None on ranks that do not publish."""
+    tried: set[int] = field(default_factory=set)
+    """Steps that were due already: a step may be seen by the broadcast and by the checkpoint."""
+
+    def __call__(self, model: Any, step: int) -> None:
+        """Keep the policy if `step` is scheduled; never raises an `Exception`."""
+        if step not in self.steps or step in self.tried:
+            return
+        self.tried.add(step)
+        start = time.perf_counter()
+        try:
+            published = self._keep(model, step)
+        except Exception as error:
+            self._report(step, error)
+        else:
+            if published is not None:
+                _logger().info(f"Snapshot of step {step} in {published} ({time.perf_counter() - start:.1f} s)")
+
+    def _keep(self, model: Any, step: int) -> Path | None:
+        import torch.distributed as dist
+        from prime_rl.trainer.world import get_world
+        from prime_rl.utils.weights import gather_weights_parallel
+
+        world = get_world()
+        shards = self.root / f".{snapshot_name(step)}.shards"
+        problem = _attempt(lambda: _fresh(shards)) if world.is_master else None
+        try:
+            # The gathering is collective and ends with a barrier: the directory is there when the first rank writes.
+            written = _attempt(
+                lambda: _write_shard(model, gather_weights_parallel(model), shards / f"{world.rank}.safetensors")
+            )
+            reports: list[Any] = [None] * world.world_size
+            dist.all_gather_object(reports, problem if isinstance(problem, Failure) else written)
+            if not world.is_master:
+                return None
+            failed = {rank: report for rank, report in enumerate(reports) if isinstance(report, Failure)}
+            if failed:
+                raise SnapshotError("; ".join(f"rank {rank}: {failure.text}" for rank, failure in failed.items()))
+            return self._publish(step, shards, reports)
+        finally:
+            if world.is_master:
+                shutil.rmtree(shards, ignore_errors=True)
+
+    def _publish(self, step: int, shards: Path, reports: list[dict[str, int]]) -> Path:
+        base = self.base
+        assert base is not None
+
+        def fill(folder: Path) -> None:
+            parts = [(rank, sizes) for rank, sizes in enumerate(reports) if sizes]
+            weight_map: dict[str, str] = {}
+            for number, (rank, sizes) in enumerate(parts, start=1):
+                part = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
+                source = shards / f"{rank}.safetensors"
+                if not source.is_file():
+                    raise SnapshotError(
+                        f"{source}, written by rank {rank}, is not visible to the master; put the snapshots on a file "
+                        "system that all trainer nodes share (trainer.loss.kwargs.directory)"
+                    )
+                os.rename(source, folder / part)
+                weight_map |= dict.fromkeys(sizes, part)
+            if len(parts) > 1:
+                total = sum(sum(sizes.values()) for _, sizes in parts)
+                index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+            self._copy_base(base, folder)
+
+        return write_snapshot(self.root, self._manifest(step), fill)
+
+    def _copy_base(self, base: Path, folder: Path) -> None:
+        """Everything but weights, byte for byte from the starting model; the tokenizer that the run sets instead."""
+        for file in base.iterdir():
+            weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json") or file.name == MANIFEST
+            if file.is_file() and not weights and not file.name.startswith("."):
+                shutil.copyfile(file, folder / file.name)
+        tokenizer = self.config.tokenizer
+        if tokenizer.chat_template is not None or tokenizer.name not in (None, self.config.model.name):
+            from prime_rl.trainer.model import setup_tokenizer
+
+            setup_tokenizer(tokenizer).save_pretrained(folder)
+
+    def _manifest(self, step: int) -> Manifest:
+        return Manifest(
+            step=step,
+            trainer={"name": "prime-rl", "version": _prime_rl_version() or "unknown"},
+            run=os.environ.get("PRL_RUN_ID", ""),
+            parent_run=self._parent_run(step),
+            configuration=self._configuration(),
+            objective=self.objective,
+        )
+
+    def _parent_run(self, step: int) -> str | None:
+        """The other run that wrote the base model or, where this one resumes, the last snapshot before it."""
+        run = os.environ.get("PRL_RUN_ID", "")
+        candidates = [self.base] if self.base is not None else []
+        if self.config.resume is not None:
+            with contextlib.suppress(SnapshotError):
+                candidates += [path for path in find_snapshots(self.root) if path.name < snapshot_name(step)]
+        for path in reversed(candidates):
+            with contextlib.suppress(SnapshotError, OSError):
+                found = Manifest.read(path / MANIFEST).run
+                if found and found != run:
+                    return found
+        return None
+
+    def _configuration(self) -> dict[str, Any]:
+        """`trainer`, and `orchestrator` where the launcher left its resolved configuration in the run's directory."""
+        parts = {"trainer": self.config.model_dump(mode="json")}
+        written = Path(self.config.output_dir) / "configs" / "orchestrator.json"
+        if written.is_file():
+            parts["orchestrator"] = json.loads(written.read_text())
+        return _public(parts)
+
+    def _report(self, step: int, error: Exception) -> None:
+        """Say it loudly; nothing that goes wrong here matters to training."""
+        text = str(error) if isinstance(error, LandscapeError) else f"{type(error).__name__}: {error}"
+        _logger().error(f"No snapshot of step {step}; training goes on. {text}")
+        line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "error": text}
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with (self.root / FAILURES).open("a") as sink:
+                sink.write(json.dumps(line) + "\n")
+        except OSError as second:
+            _logger().error(f"{self.root / FAILURES} could not be written either: {second}")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on one rank."""
+
+    text: str
+
+
+def _attempt(action: Callable[[], Any]) -> Any:
+    """The action's result, or its `Failure`."""
+    try:
+        return action()
+    except Exception as error:
+        return Failure(f"{type(error).__name__}: {error}")
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_shard(model: Any, weights: dict[str, Any], file: Path) -> dict[str, int]:
+    """Save one rank's share under HF names; tensor name → bytes."""
+    import torch
+    from prime_rl.utils.weights import convert_state_dict_to_hf
+    from safetensors.torch import save_file
+
+    # HF checkpoints hold a tied tensor once, and a landscape must move it once.
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in weights and source in weights and torch.equal(weights[name], weights[source]):
+            del weights[name]
+    weights = {name: tensor.contiguous() for name, tensor in convert_state_dict_to_hf(model, weights).items()}
+    if weights:
+        save_file(weights, file, metadata={"format": "pt"})
+    return {name: tensor.nbytes for name, tensor in weights.items()}
+
+
+def _public(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _public(value) for key, value in data.items() if key not in _PRIVATE}
+    return [_public(item) for item in data] if isinstance(data, list) else data
+
+
+def _logger() -> Any:
+    from prime_rl.utils.logger import get_logger
+
+    return get_logger()

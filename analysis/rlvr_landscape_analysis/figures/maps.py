@@ -25,6 +25,7 @@ from rlvr_landscape_analysis.figures.grid import (
     heading,
     image_aspect,
     kl_levels,
+    label_of,
     mark_origin,
     plane,
     require,
@@ -128,7 +129,7 @@ def landscape_panels(
         drawn = [panel for panel in panels.values() if panel["mesh"] is not None]
         if drawn:
             right = max(drawn, key=lambda panel: (panel["column"], -panel["row"]))
-            bar = add_colorbar(right["ax"], right["mesh"], "mean reward")
+            bar = add_colorbar(right["ax"], right["mesh"], label_of(next(iter(maps.values())), "reward"))
     notes = [
         "lines: KL in nat" if any(panel["contours"] is not None for panel in panels.values()) else "",
         "+: the checkpoint",
@@ -243,7 +244,9 @@ def pass_and_entropy_maps(data: xr.Dataset) -> dict[str, Any]:
     `quantity_map`, `figure` and `axes`. What was not measured says so.
     """
     map_ = as_map(data, ("pass_k", "entropy", "reward", "kl"))
-    return _pair(map_, [{"name": "pass_k"}, {"name": "entropy", "cmap": "cividis"}], "")
+    solved = bool((map_["pass_k"] > 0).any())
+    scale = Normalize(0, None if solved else 1)
+    return _pair(map_, [{"name": "pass_k", "norm": scale}, {"name": "entropy", "cmap": "cividis"}], "")
 
 
 @styled

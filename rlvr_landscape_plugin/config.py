@@ -49,7 +49,7 @@ def _unknown_keys(table: type[StrictConfig], data: Any, prefix: str = "") -> lis
 
 
 class AxisConfig(StrictConfig):
-    """One axis of the grid, in units of the direction's norm (α = 0.05 moves 5 % of a tensor's norm)."""
+    """One axis of the grid, in units of the direction (`tensor`: α = 0.05 moves 5 % of a tensor's norm)."""
 
     min: float = -0.15
     """Smallest coordinate; must be below 0."""
@@ -84,13 +84,47 @@ class GridConfig(StrictConfig):
     """Coordinates along η."""
 
 
+class DirectionConfig(StrictConfig):
+    """One axis of the slice."""
+
+    kind: Literal["random", "displacement", "update", "pca", "file"] = "random"
+    """`random`: drawn from the slice's seed. `displacement`: θ_t − θ_0 of the run. `update`: next snapshot − θ_t.
+    `pca`: a principal component of the run's snapshots about the last. `file`: a tensor file, such as a gradient."""
+    normalization: Literal["none", "tensor", "filter", "global"] | None = None
+    """How the direction is scaled to the weights; default: `slice.normalization` for a random direction, otherwise
+    `none`, so that coordinate 1 is the whole displacement, update or file (`pca`: as far as the run went)."""
+    component: int = Field(default=1, ge=1)
+    """Which principal component, 1 being the largest (`pca`)."""
+    file: Path | None = None
+    """A safetensors file with a tensor of the checkpoint's name and shape for each one that moves (`file`)."""
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> DirectionConfig:
+        if (self.file is not None) != (self.kind == "file"):
+            raise ValueError(f"kind = {self.kind!r} and file = {self.file}: set file with kind = 'file' and only then")
+        if self.component != 1 and self.kind != "pca":
+            raise ValueError(f"component = {self.component} needs kind = 'pca', not {self.kind!r}")
+        if self.kind == "random" and self.normalization == "none":
+            raise ValueError("normalization = 'none' leaves a random direction without a unit; choose another")
+        return self
+
+
 class SliceConfig(StrictConfig):
     """The directions; see `directions.SliceSpec`."""
 
     seeds: list[int] = Field(default=[0], min_length=1)
     """One slice per seed; the same seed draws the same noise for every snapshot."""
     normalization: Literal["tensor", "filter", "global"] = "tensor"
-    """How directions are scaled to the weights."""
+    """How random directions are scaled to the weights."""
+    alpha: DirectionConfig = DirectionConfig()
+    """The direction δ of the axis α."""
+    beta: DirectionConfig = DirectionConfig()
+    """The direction η of the axis β."""
+    orthogonalize: bool = False
+    """Take out of η its part along δ (Gram-Schmidt over all weights that move), after both are scaled."""
+    run: Path | None = None
+    """Directory of the training run whose snapshots the directions and `displacement_norm` refer to; default: the
+    directory that holds the measured snapshot."""
     include: list[str] = Field(default=["*"], min_length=1)
     """Globs of checkpoint tensor names that move."""
     exclude: list[str] = []
@@ -102,6 +136,12 @@ class SliceConfig(StrictConfig):
         if len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise ValueError(f"seeds must be distinct non-negative integers, got {seeds}")
         return seeds
+
+    @model_validator(mode="after")
+    def _seeds_matter(self) -> SliceConfig:
+        if len(self.seeds) > 1 and "random" not in (self.alpha.kind, self.beta.kind):
+            raise ValueError(f"seeds = {self.seeds} would measure one slice several times: no axis is random; give one")
+        return self
 
 
 class EnvConfig(StrictConfig):
@@ -210,7 +250,12 @@ class SweepConfig(StrictConfig):
         """What determines the numbers, JSON-able; `from_provenance` turns it back into a configuration."""
         data = self.model_dump(mode="json", exclude={"output", "snapshots", "save_traces", "dry_run", "server"})
         # A slice's own seed is part of its identity, the list of all of them is not.
-        del data["slice"]["seeds"], data["env"]["max_concurrent"]
+        del data["slice"]["seeds"], data["slice"]["run"], data["env"]["max_concurrent"]
+        # A slice of two plain random directions is named as before there were others: old journals continue.
+        plain = SliceConfig().model_dump(mode="json")
+        for key in ("alpha", "beta", "orthogonalize"):
+            if data["slice"][key] == plain[key]:
+                del data["slice"][key]
         return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}
 
     @classmethod
@@ -350,7 +395,8 @@ class EvaluationConfig(StrictConfig):
     rollouts: int = Field(default=16, ge=1)
     """Episodes per task; the largest k of pass@k."""
     taskset: dict[str, Any] = {"seed": 2001}
-    """Changes to `env.taskset` that make the tasks others, such as another seed."""
+    """Changes to `env.taskset`, table by table, that make the tasks others, such as another seed. Where training is
+    paid by a control (`task.reward_mode`), held-out tasks are paid by the verifier, unless this names a mode too."""
     threshold: float = 0.99
     """Reward from which an episode counts as passed."""
 
@@ -417,10 +463,17 @@ class TrainConfig(StrictConfig):
                 f"snapshots and state_every must fall on multiples of optimizer.updates_per_batch = {updates}, where a "
                 f"batch is used up and a run can continue; {off[0]} does not"
             )
-        held_out = self.env.taskset | self.evaluation.taskset
-        if held_out == self.env.taskset:
+        if _drop_reward_mode(self.held_out_taskset) == _drop_reward_mode(self.env.taskset):
             raise ValueError("evaluation.taskset changes nothing: the held-out tasks would be the practised ones")
         return self
+
+    @property
+    def held_out_taskset(self) -> dict[str, Any]:
+        """The options of the held-out tasks: `env.taskset` as `evaluation.taskset` changes it, paid by the verifier."""
+        practised = dict(self.env.taskset)
+        if "reward_mode" in practised.get("task", {}):
+            practised = _merged(practised, {"task": {"reward_mode": "verifier"}})
+        return _merged(practised, self.evaluation.taskset)
 
     @property
     def batch(self) -> int:
@@ -432,6 +485,22 @@ class TrainConfig(StrictConfig):
         data = self.model_dump(mode="json", exclude={"output", "steps", "threads", "dry_run", "server"})
         del data["env"]["max_concurrent"]
         return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}
+
+
+def _merged(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`options` with `changes` on top; tables in both are merged in turn."""
+    both = {key: _merged(options[key], value) for key, value in changes.items() if _are_tables(options.get(key), value)}
+    return options | changes | both
+
+
+def _are_tables(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _drop_reward_mode(options: dict[str, Any]) -> dict[str, Any]:
+    """What makes the tasks: all options but the one that only changes what is paid."""
+    task = {key: value for key, value in options.get("task", {}).items() if key != "reward_mode"}
+    return {key: value for key, value in options.items() if key != "task"} | ({"task": task} if task else {})
 
 
 def train_report(config: TrainConfig) -> str:

@@ -17,16 +17,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rlvr_landscape_plugin.errors import SnapshotError, run_cli
 
@@ -39,6 +42,7 @@ _STEP = re.compile(r"step_(\d+)$")
 _INDEX = "model.safetensors.index.json"
 _FORMAT = 1
 _HEX = re.compile(r"[0-9a-f]{64}")
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,24 @@ class TensorInfo:
     dtype: str
     """Name in safetensors' spelling: F32, BF16, F16 …"""
     shape: tuple[int, ...]
+    start: int = 0
+    """Position of its first byte in the file."""
+
+    def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        """The values exactly (bfloat16 as float32): of `shape`, or `count` of them, flat, from element `first` on.
+
+        Raises `SnapshotError` for NaN, infinity and dtypes that are not F64, F32, F16 or BF16.
+        """
+        if self.dtype not in _DTYPES:
+            raise SnapshotError(f"{self.file} holds {self.dtype} tensors; directions need {', '.join(_DTYPES)}")
+        dtype = np.dtype(_DTYPES[self.dtype])
+        size = math.prod(self.shape) if count is None else count
+        values = np.fromfile(self.file, dtype, size, offset=self.start + first * dtype.itemsize)
+        if self.dtype == "BF16":
+            values = (values.astype("<u4") << 16).view("<f4")
+        if not np.isfinite(values).all():
+            raise SnapshotError(f"{self.file} holds NaN or infinity; no direction can be made of it")
+        return values.reshape(self.shape) if count is None else values
 
 
 @dataclass(frozen=True)
@@ -128,6 +150,10 @@ class Snapshot:
             digest.update(self._checked_digest(file))
         return digest.hexdigest()
 
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as stored (bfloat16 as float32); raises `SnapshotError` naming file and tensor."""
+        return read_tensor(self.tensors, name)
+
     def verify(self) -> None:
         """Read every file and compare it with the manifest; raises `SnapshotError` naming the first that differs.
 
@@ -144,13 +170,14 @@ class Snapshot:
                 self._checked_digest(self.path / name)
 
     def _checked_digest(self, file: Path) -> bytes:
-        found = _digest(file)
+        found = file_sha256(file)
         if self.manifest is not None and self.manifest.files:
             _compare(file, found, self.manifest.files[file.relative_to(self.path).as_posix()]["sha256"])
         return bytes.fromhex(found)
 
 
-def _digest(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -163,7 +190,32 @@ def _compare(file: Path, found: str, expected: str) -> None:
         )
 
 
-def _header(file: Path) -> dict[str, TensorInfo]:
+def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> np.ndarray:
+    """One of `tensors` as stored (bfloat16 as float32); raises `SnapshotError` naming file and tensor."""
+    try:
+        return tensors[name].read()
+    except SnapshotError as error:
+        raise SnapshotError(f"tensor {name!r}: {error}") from error
+
+
+def write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:
+    """Write float32 tensors one after the other, in the order of `shapes`, so that one at a time is in memory."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as sink:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape), values in zip(shapes.items(), tensors, strict=True):
+            if values.shape != tuple(shape):
+                raise ValueError(f"tensor {name!r} has shape {values.shape}, announced as {tuple(shape)}")
+            sink.write(np.ascontiguousarray(values, "<f4").tobytes())
+
+
+def safetensors_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; raises `SnapshotError` naming the file unless it is whole."""
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -172,7 +224,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
                 raise ValueError(f"header length {length} does not fit a file of {size} bytes")
             header = json.loads(handle.read(length))
         infos = {
-            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]))
+            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -184,7 +236,8 @@ def _header(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _step_of_name(path: Path) -> int:
+def step_of_name(path: Path) -> int:
+    """The step that a directory's name says, 0 if it says none."""
     match = _STEP.search(path.name)
     return int(match.group(1)) if match else 0
 
@@ -211,7 +264,7 @@ def _check_contents(path: Path, manifest: Manifest) -> None:
                 "expected; copy the snapshot again"
             )
         if file.suffix != ".safetensors":
-            _compare(file, _digest(file), entry["sha256"])
+            _compare(file, file_sha256(file), entry["sha256"])
     if foreign := sorted(set(_contents(path)) - set(manifest.files)):
         raise SnapshotError(f"{path / foreign[0]} is not among the files of {MANIFEST}; remove it or copy again")
 
@@ -253,10 +306,10 @@ def open_snapshot(reference: str | Path) -> Snapshot:
     for file in files:
         if not file.is_file():
             raise SnapshotError(f"{path / _INDEX} names {file.name}, which is missing; copy the snapshot again")
-        tensors |= _header(file)
+        tensors |= safetensors_header(file)
     if missing := sorted(set(promised or ()) - set(tensors)):
         raise SnapshotError(f"{path} lacks tensor {missing[0]!r} (and {len(missing) - 1} more) named by {_INDEX}")
-    return Snapshot(path, _step_of_name(path) if manifest is None else manifest.step, tensors, manifest)
+    return Snapshot(path, step_of_name(path) if manifest is None else manifest.step, tensors, manifest)
 
 
 def snapshot_name(step: int) -> str:
@@ -277,7 +330,7 @@ def write_snapshot(root: Path, manifest: Manifest, fill: Callable[[Path], None])
     try:
         fill(scratch)
         files = {
-            name: {"sha256": _digest(scratch / name), "size": (scratch / name).stat().st_size}
+            name: {"sha256": file_sha256(scratch / name), "size": (scratch / name).stat().st_size}
             for name in _contents(scratch)
         }
         content = {"format": _FORMAT, **asdict(manifest), "files": files}
@@ -312,7 +365,7 @@ def _sync(path: Path) -> None:
 def _same_files(target: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     names = sorted(set(_contents(target)) | set(files))
     for name in names:
-        if name not in files or not (target / name).is_file() or _digest(target / name) != files[name]["sha256"]:
+        if name not in files or not (target / name).is_file() or file_sha256(target / name) != files[name]["sha256"]:
             raise SnapshotError(
                 f"{target} exists with another {name}; a snapshot is never overwritten, give the run another directory"
             )
@@ -328,7 +381,7 @@ def find_snapshots(path: Path) -> list[Path]:
     for folder in (path / "snapshots", path):
         found = [item for item in folder.glob("step_*") if item.is_dir() and _STEP.fullmatch(item.name)]
         if found:
-            return sorted(found, key=_step_of_name)
+            return sorted(found, key=step_of_name)
     if (path / "config.json").is_file():
         return [path]
     raise SnapshotError(f"{path} holds no snapshots (step_<N>/ there, or in its snapshots/)")

@@ -19,13 +19,14 @@ import datetime
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,30 @@ SCHEMA: dict[str, Variable] = {
         CELL, "f4", "nat", "largest difference of one token's log-probability between the first and last look"
     ),
 }
-"""Every variable of a landscape dataset."""
+"""Every variable of a landscape dataset that is measured."""
+
+DISPLACEMENT_NORM = Variable((), "f8", "1", "norm of the checkpoint's displacement from snapshot 0, ‖θ_t − θ_0‖")
+DISPLACEMENT_RADIUS = Variable(
+    POINT,
+    "f8",
+    "1",
+    "norm of the weight change in units of the checkpoint's displacement from snapshot 0",
+    "realised_step * norm(theta) / displacement_norm",
+)
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a dataset says besides its points: how far training had gone, and names of its own."""
+
+    displacement_norm: float = math.nan
+    """‖θ_t − θ_0‖; NaN where it is not known."""
+    theta_norm: float = math.nan
+    """‖θ_t‖."""
+    displacement_comment: str = "not known: no training run was named"
+    """What the displacement was computed from, or why it is not known."""
+    long_names: Mapping[str, str] = field(default_factory=dict)
+    """Variable or coordinate → the long name that replaces the usual one."""
 
 
 class Journal:
@@ -308,7 +332,7 @@ class Journal:
         finally:
             scratch.unlink(missing_ok=True)
 
-    def consolidate(self, out: Path, attributes: Mapping[str, Any]) -> Path:
+    def consolidate(self, out: Path, attributes: Mapping[str, Any], notes: Annotations | None = None) -> Path:
         """Write the dataset of all points to `out`, dims (alpha, beta, prompt, rollout), one point in memory at a time.
 
         An `out` of the same identity is left as it is. Raises `StoreError` when points are missing or `out` belongs to
@@ -331,11 +355,11 @@ class Journal:
             of = f"{len(missing)} of {len(self.alphas) * len(self.betas)} points"
             what = of if missing else "the base batch or the last look at the origin"
             raise StoreError(f"{self.root} lacks {what}; run the same sweep again to finish it")
-        self._publish(out, lambda scratch: self._fill(scratch, base, recheck, dict(attributes), identity))
+        self._publish(out, lambda scratch: self._fill(scratch, base, recheck, dict(attributes), notes or Annotations()))
         return out
 
     def _fill(
-        self, scratch: Path, base: xr.Dataset, recheck: xr.Dataset, attributes: dict[str, Any], identity: str
+        self, scratch: Path, base: xr.Dataset, recheck: xr.Dataset, attributes: dict[str, Any], notes: Annotations
     ) -> None:
         import netCDF4
 
@@ -349,8 +373,9 @@ class Journal:
                 ("rollout", base.sizes["rollout"]),
             ):
                 file.createDimension(name, size)
-            _coordinate(file, "alpha", self.alphas, "coordinate along direction δ, in units of its norm")
-            _coordinate(file, "beta", self.betas, "coordinate along direction η, in units of its norm")
+            for axis, symbol, values in (("alpha", "δ", self.alphas), ("beta", "η", self.betas)):
+                usual = f"coordinate along direction {symbol}, in units of its norm"
+                _coordinate(file, axis, values, notes.long_names.get(axis, usual))
             _coordinate(file, "prompt", np.arange(base.sizes["prompt"]), "index of the task in the prompt set")
             _coordinate(file, "rollout", np.arange(base.sizes["rollout"]), "index of the rollout of a task")
             _scalar(file, "step", self.identity.get("step", 0), "optimizer updates behind the checkpoint")
@@ -363,7 +388,8 @@ class Journal:
                     if variable.required:
                         raise StoreError(f"{self.root}: measured files have no variable {name!r}; another version?")
                     continue
-                variables[name] = _create(file, name, variable, base.sizes)
+                named = replace(variable, long_name=notes.long_names.get(name, variable.long_name))
+                variables[name] = _create(file, name, named, base.sizes)
                 if variable.dims == CELL:
                     variables[name][:] = source[name].values
             for i, j in np.ndindex(len(self.alphas), len(self.betas)):
@@ -371,12 +397,16 @@ class Journal:
                 for name, target in variables.items():
                     if SCHEMA[name].dims in (FULL, POINT):
                         target[i, j] = point[name].values
+            norm = replace(DISPLACEMENT_NORM, comment=notes.displacement_comment)
+            _create(file, "displacement_norm", norm, base.sizes)[...] = notes.displacement_norm
+            radius = _create(file, "displacement_radius", DISPLACEMENT_RADIUS, base.sizes)
+            radius[:] = variables["realised_step"][:].filled(np.nan) * (notes.theta_norm / notes.displacement_norm)
             file.setncatts(
                 attributes
                 | {
                     "configuration": configuration,
                     "configuration_sha256": digest(self.identity.get("configuration", {})),
-                    "identity": identity,
+                    "identity": digest(self.identity),
                     "history": f"{stamp} written by rlvr_landscape_plugin.sweep",
                 }
             )

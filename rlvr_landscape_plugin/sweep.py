@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -24,10 +25,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlvr_landscape_plugin.config import SweepConfig, dry_run_report, load_config
-from rlvr_landscape_plugin.directions import GENERATOR, SliceSpec, fingerprint
+from rlvr_landscape_plugin.directions import (
+    AXES,
+    GENERATOR,
+    Axis,
+    Displacement,
+    SliceSpec,
+    Trajectory,
+    fingerprint,
+    prepare_slice,
+)
 from rlvr_landscape_plugin.errors import ConfigurationError, ServerError, run_cli
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
-from rlvr_landscape_plugin.store import Journal
+from rlvr_landscape_plugin.store import Annotations, Journal
 
 if TYPE_CHECKING:
     from rlvr_landscape_plugin.episodes import Rollout
@@ -35,6 +45,11 @@ if TYPE_CHECKING:
     from rlvr_landscape_plugin.serving.client import LandscapeClient
 
 logger = logging.getLogger("rlvr_landscape.sweep")
+
+DIRECTIONS = "directions"
+"""Directory under `output` for the directions that servers do not draw themselves."""
+VERIFIER = "verifier"
+"""`reward_mode` of a taskset that pays what its verifier says."""
 
 
 @dataclass
@@ -122,11 +137,6 @@ def slice_name(step: int, seed: int) -> str:
     return f"step{step:06d}_slice{seed}"
 
 
-def slice_spec(config: SweepConfig, seed: int) -> SliceSpec:
-    """The slice that `seed` names under this configuration."""
-    return SliceSpec(seed, config.slice.normalization, tuple(config.slice.include), tuple(config.slice.exclude))
-
-
 async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     """Measure everything that `config` asks for and is not measured yet; returns the datasets' paths."""
     from rlvr_landscape_plugin.episodes import ChatFormat, load_tasks, open_environment, prompts_hash
@@ -135,9 +145,12 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     env = open_environment(config.env.id, dict(config.env.taskset))
     tasks = load_tasks(env, config.env.num_prompts)
     prompts = prompts_hash(tasks)
+    reward_mode = str(getattr(env.taskset.config.task, "reward_mode", VERIFIER))
+    known = {snapshot.path: snapshot for snapshot in snapshots}
+    trajectories = [Trajectory.around(snapshot, config.slice.run, known) for snapshot in snapshots]
     plans = [
-        _plan(config, snapshot, slice_spec(config, seed), prompts)
-        for snapshot in snapshots
+        _plan(config, trajectory, seed, prompts, reward_mode)
+        for trajectory in trajectories
         for seed in config.slice.seeds
     ]
     open_plans = [plan for plan in plans if not plan.complete]
@@ -152,7 +165,7 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
                 await _measure(config, plan, servers, meters, display)
     paths = []
     for plan in plans:
-        paths.append(plan.journal.consolidate(plan.dataset, _attributes(config, plan)))
+        paths.append(plan.journal.consolidate(plan.dataset, _attributes(config, plan), _annotations(plan)))
         display.say(f"dataset {paths[-1]}")
     return paths
 
@@ -166,6 +179,13 @@ class Plan:
     journal: Journal
     dataset: Path
     identity: dict[str, Any]
+    files: dict[Axis, Path]
+    """The file of each direction that servers do not draw themselves."""
+    words: dict[Axis, str]
+    """Each direction in words."""
+    displacement: Displacement
+    reward_mode: str
+    """What the taskset pays: the verifier's score, or a control."""
 
     @property
     def missing(self) -> int:
@@ -217,8 +237,11 @@ def _check_architecture(snapshot: Snapshot) -> None:
     compare_tensors(expected, snapshot, f"the architecture in its config.json ({config.architectures})")
 
 
-def _plan(config: SweepConfig, snapshot: Snapshot, spec: SliceSpec, prompts: str) -> Plan:
-    name = slice_name(snapshot.step, spec.seed)
+def _plan(config: SweepConfig, trajectory: Trajectory, seed: int, prompts: str, reward_mode: str) -> Plan:
+    snapshot = trajectory.origin
+    name = slice_name(snapshot.step, seed)
+    root = Path(config.output)
+    spec, files, words = prepare_slice(config.slice, seed, trajectory, root.resolve() / DIRECTIONS)
     identity = {
         "configuration": config.provenance(),
         "step": snapshot.step,
@@ -228,9 +251,11 @@ def _plan(config: SweepConfig, snapshot: Snapshot, spec: SliceSpec, prompts: str
         "directions_fingerprint": fingerprint(spec, snapshot.shapes),
         "prompts_sha256": prompts,
     }
-    root = Path(config.output)
     journal = Journal(root / name, config.grid.alpha.values(), config.grid.beta.values(), identity)
-    return Plan(snapshot, spec, journal, root / f"landscape_{name}.nc", identity)
+    dataset = root / f"landscape_{name}.nc"
+    # Asked for before anything is measured, so that a damaged snapshot 0 is known before the hours, not after.
+    far = trajectory.displacement if not dataset.exists() else Displacement(math.nan, math.nan, "")
+    return Plan(snapshot, spec, journal, dataset, identity, files, words, far, reward_mode)
 
 
 @contextlib.asynccontextmanager
@@ -248,7 +273,7 @@ async def _servers(
         if not urls:
             log = Path(config.server.log or Path(config.output) / "server.log")
             display.say(f"starting a vLLM server for {first.path.name} (log: {log})")
-            roots = sorted({snapshot.path for snapshot in snapshots})
+            roots = [*sorted({snapshot.path for snapshot in snapshots}), Path(config.output).resolve() / DIRECTIONS]
             local = await stack.enter_async_context(local_server(config.server, first.path, roots, log))
             urls, token = [local.url], local.token
         elif not token:
@@ -289,6 +314,8 @@ async def _measure(
         episodes = config.env.num_prompts * config.env.rollouts
         done, total = journal.status()
         label = slice_name(plan.snapshot.step, plan.spec.seed)
+        if plan.files:
+            display.say(f"{label}: alpha {plan.words['alpha']} | beta {plan.words['beta']}")
         display.open(label, done, total, episodes, episodes if stored is None else 0)
         if stored is None:
             batch = (await meters[0].base(display.episode)).to_dataset()
@@ -318,7 +345,8 @@ async def _measure(
 
 async def _enter(server: Server, plan: Plan) -> list[dict[str, str]]:
     """Bring a server to the origin of a slice; returns its weights' checksums there."""
-    facts = await server.client.load(str(plan.snapshot.path), plan.spec.as_dict())
+    files = {axis: str(path) for axis, path in plan.files.items()}
+    facts = await server.client.load(str(plan.snapshot.path), plan.spec.as_dict(), files)
     for key in ("snapshot_sha256", "directions_fingerprint"):
         if facts[key] != plan.identity[key]:
             raise ServerError(
@@ -394,10 +422,14 @@ def _write_traces(path: Path, batch: Sequence[Sequence[Rollout]]) -> None:
 
 def _attributes(config: SweepConfig, plan: Plan) -> dict[str, Any]:
     facts = json.loads(plan.facts.read_text())
+    control = {} if plan.reward_mode == VERIFIER else {"reward_mode": plan.reward_mode}
+    paid = f", {plan.reward_mode} reward" if control else ""
     return {
-        "title": f"RLVR reward landscape, step {plan.snapshot.step}, slice {plan.spec.seed}",
+        "title": f"RLVR reward landscape, step {plan.snapshot.step}, slice {plan.spec.seed}{paid}",
+        **control,
         **{key: value for key, value in plan.identity.items() if isinstance(value, (str, int))},
         "slice": json.dumps(plan.spec.as_dict(), sort_keys=True),
+        **{f"direction_{axis}": plan.words[axis] for axis in AXES},
         "taskset": config.env.id,
         "snapshot_name": plan.snapshot.path.name,
         "servers": json.dumps(facts, sort_keys=True),
@@ -405,6 +437,18 @@ def _attributes(config: SweepConfig, plan: Plan) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
     }
+
+
+def _annotations(plan: Plan) -> Annotations:
+    names: dict[str, str] = {
+        axis: f"coordinate along direction {symbol} ({plan.words[axis]}), in units of it"
+        for axis, symbol in zip(AXES, "δη", strict=True)
+        if plan.spec.direction(axis).kind != "random"
+    }
+    if plan.reward_mode != VERIFIER:
+        what = f"{plan.reward_mode} reward (a control, not the verifier's)"
+        names |= {"reward": f"{what} of a fresh rollout", "base_reward": f"{what} of a checkpoint completion"}
+    return Annotations(plan.displacement.norm, plan.displacement.theta, plan.displacement.comment, names)
 
 
 def _packages() -> dict[str, str]:

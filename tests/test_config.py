@@ -16,7 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlvr_landscape_plugin.config import AxisConfig, StrictConfig, SweepConfig, digest, dry_run_report, load_config
+from rlvr_landscape_plugin.config import (
+    AxisConfig,
+    StrictConfig,
+    SweepConfig,
+    TrainConfig,
+    digest,
+    dry_run_report,
+    load_config,
+)
 from rlvr_landscape_plugin.errors import (
     ConfigurationError,
     LandscapeError,
@@ -142,7 +150,7 @@ def test_toml_with_an_unknown_key_names_it(tmp_path):
         load_config(["@", str(path)], SweepConfig)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "paper"])
+@pytest.mark.parametrize("name", ["quickstart", "paper", "training_slice"])
 def test_shipped_configurations_load(name):
     config = load_config(["@", str(ROOT / "configs" / "sweep" / f"{name}.toml")], SweepConfig)
     assert config.output == Path("outputs") / name
@@ -204,3 +212,41 @@ def test_mistakes_end_with_code_2_and_no_traceback():
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 30
+
+
+def train_config(task: dict | None, evaluation: dict) -> TrainConfig:
+    """A training configuration with these options of the taskset's `task` table and of the evaluation's taskset."""
+    taskset = {"seed": 7, "max_turns": 2} | ({"task": task} if task is not None else {})
+    return TrainConfig.model_validate({"env": {"taskset": taskset}, "evaluation": {"taskset": evaluation}})
+
+
+@pytest.mark.parametrize(
+    ("task", "evaluation", "expected"),
+    [
+        (None, {"seed": 1}, None),
+        ({"similarity_power": 2}, {"seed": 1}, {"similarity_power": 2}),
+        ({"reward_mode": "random"}, {"seed": 1}, {"reward_mode": "verifier"}),
+        (
+            {"reward_mode": "inverted", "similarity_power": 2},
+            {"seed": 1},
+            {"reward_mode": "verifier", "similarity_power": 2},
+        ),
+        (
+            {"reward_mode": "random", "similarity_power": 2},
+            {"seed": 1, "task": {"reward_mode": "random"}},
+            {"reward_mode": "random", "similarity_power": 2},
+        ),
+    ],
+)
+def test_held_out_tasks_are_paid_by_the_verifier_unless_asked(task, evaluation, expected):
+    config = train_config(task, evaluation)
+    held_out = config.held_out_taskset
+    assert held_out.get("task") == expected
+    assert (held_out["seed"], held_out["max_turns"]) == (1, 2)
+    assert config.provenance()["env"]["taskset"].get("task") == task, "snapshots' manifests name the control"
+
+
+@pytest.mark.parametrize("evaluation", [{"seed": 7}, {}, {"task": {"reward_mode": "verifier"}}])
+def test_other_rewards_alone_do_not_make_tasks_held_out(evaluation):
+    with pytest.raises(ValueError, match="the held-out tasks would be the practised ones"):
+        train_config({"reward_mode": "random"}, evaluation)

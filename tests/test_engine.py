@@ -11,12 +11,14 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (extra cpu or gpu)")
 
+import numpy as np
 import torch
 from conftest import POLICY
 from safetensors.torch import load_file
 
-from rlvr_landscape_plugin.directions import SliceSpec
+from rlvr_landscape_plugin.directions import DirectionSpec, SliceSpec
 from rlvr_landscape_plugin.serving.engine import LandscapeEngine, LoadRequest, MoveRequest, MoveStats, Slice, register
+from rlvr_landscape_plugin.snapshot import file_sha256, write_safetensors
 
 pytestmark = pytest.mark.server
 
@@ -143,6 +145,27 @@ def test_bfloat16_is_cast_once_and_the_realised_step_says_so():
     stats = MoveStats()
     list(slice_.at(1e-4, 0.0, torch.bfloat16, stats))
     assert abs(stats.realised_step / 1e-4 - 1) > 0.05, "near the origin bfloat16 does not take the nominal step"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_displacement_back_is_the_first_snapshot(tmp_path, dtype):
+    noise = torch.Generator().manual_seed(0)
+    first = {"w": torch.randn(64, 64, generator=noise).to(dtype), "b": torch.zeros(7, dtype=dtype)}
+    theta = {name: (t + 0.03 * torch.randn(t.shape, generator=noise)).to(dtype) for name, t in first.items()}
+    file = tmp_path / "direction.safetensors"
+    change = {name: (theta[name].double() - first[name].double()).float().numpy() for name in sorted(theta)}
+    write_safetensors(file, {name: values.shape for name, values in change.items()}, change.values())
+    spec = SliceSpec(0, alpha=DirectionSpec("displacement", "none", sha256=file_sha256(file)))
+    slice_ = Slice.build(theta, spec, torch.device("cpu"), {"alpha": str(file)})
+    stats = MoveStats()
+    for name, moved in slice_.at(-1.0, 0.0, dtype, stats):
+        tolerance = 0.0 if dtype == torch.bfloat16 else torch.finfo(dtype).eps
+        torch.testing.assert_close(moved, first[name], rtol=tolerance, atol=tolerance * 4)
+    length = sum(float(np.square(values, dtype=float).sum()) for values in change.values()) ** 0.5
+    size = sum(float(tensor.double().square().sum()) for tensor in theta.values()) ** 0.5
+    assert stats.realised_step == pytest.approx(length / size, rel=1e-5)
+    with pytest.raises(ValueError, match=r"slice\.alpha is not drawn from the seed, and no file came with it"):
+        Slice.build(theta, spec, torch.device("cpu"))
 
 
 def test_registering_twice_is_harmless():

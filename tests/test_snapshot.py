@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from rlvr_landscape_plugin import snapshot as module
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
@@ -255,11 +255,49 @@ def test_damage_is_refused_by_name_where_a_sweep_looks_and_by_verify(tmp_path, c
     assert path.name in captured.err
 
 
-def test_a_sweep_refuses_a_flipped_byte_before_anything_starts(tmp_path):
-    path = tmp_path / "step_000003"
-    written = write_snapshot(tmp_path, Manifest(step=3), lambda folder: _copy(SHIPPED["tiny-sorter"], folder))
-    assert written == path
-    flip(path / "model.safetensors")
+def sharded(folder: Path) -> None:
+    """tiny-sorter in two shards."""
+    _copy(SHIPPED["tiny-sorter"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def foreign_config(path: Path) -> None:
+    """The configuration of a wider model, otherwise valid."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
+
+
+def flip_weight(path: Path) -> None:
+    flip(path / "model-2.safetensors")
+
+
+def lose_shard(path: Path) -> None:
+    (path / "model-1.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "manifest", "expected"),
+    [
+        # Without a manifest nothing tells a flipped bit of a weight from a trained one.
+        (flip_weight, True, "model-2.safetensors is not the file that manifest.json names"),
+        (lose_shard, True, "manifest.json names model-1.safetensors, which is missing"),
+        (lose_shard, False, "model.safetensors.index.json names model-1.safetensors, which is missing"),
+        (foreign_config, True, "config.json is not the file that manifest.json names"),
+        (foreign_config, False, "does not fit the architecture in its config.json"),
+    ],
+)
+def test_a_sweep_refuses_damage_by_name_before_anything_starts(tmp_path, damage, manifest, expected):
+    path = write_snapshot(tmp_path / "snapshots", Manifest(step=3), sharded)
+    if not manifest:
+        (path / MANIFEST).unlink()
+    damage(path)
     result = subprocess.run(
         [
             *(sys.executable, "-m", "rlvr_landscape_plugin.sweep", "--snapshots", f'["{path}"]'),
@@ -271,8 +309,11 @@ def test_a_sweep_refuses_a_flipped_byte_before_anything_starts(tmp_path):
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert result.returncode == 2, result.stderr
-    assert "model.safetensors is not the file that manifest.json names" in result.stderr
+    assert expected in result.stderr
+    assert str(path) in result.stderr
     assert "Traceback" not in result.stderr
+    assert "starting" not in result.stderr
+    assert not list((tmp_path / "out").rglob("*")), "nothing was begun"
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -283,8 +324,8 @@ def _copy(source: Path, target: Path) -> None:
 def test_big_files_are_read_once(tmp_path, monkeypatch):
     path = write_snapshot(tmp_path, MANIFEST_10, fill(shards=True))
     read: list[str] = []
-    digest = module._digest
-    monkeypatch.setattr(module, "_digest", lambda file: read.append(file.name) or digest(file))
+    digest = module.file_sha256
+    monkeypatch.setattr(module, "file_sha256", lambda file: read.append(file.name) or digest(file))
     snapshot = open_snapshot(path)
     assert not [name for name in read if name.endswith(".safetensors")]
     _ = snapshot.sha256, snapshot.sha256

@@ -19,7 +19,7 @@ import pytest
 import xarray as xr
 
 from rlvr_landscape_plugin.errors import StoreError
-from rlvr_landscape_plugin.store import FULL, POINT, SCHEMA, Journal, landscapes
+from rlvr_landscape_plugin.store import FULL, POINT, SCHEMA, Annotations, Journal, landscapes
 
 matplotlib.use("Agg")
 ALPHAS = np.array([-0.1, 0.0, 0.2])
@@ -112,6 +112,27 @@ def test_the_dataset_describes_itself(landscape):
         assert len(data.attrs["history"].splitlines()) == 1
         assert len(data.attrs["configuration_sha256"]) == 64
         data.reward.mean(["prompt", "rollout"]).plot()
+
+
+def test_the_radius_in_displacements_is_derived_from_the_realised_step(journal, tmp_path):
+    notes = Annotations(0.5, 20.0, "measured from here to there", {"alpha": "along training", "reward": "a coin"})
+    with xr.open_dataset(journal.consolidate(tmp_path / "out.nc", {}, notes)) as data:
+        assert data.displacement_norm.item() == 0.5
+        assert data.displacement_norm.attrs["comment"] == "measured from here to there"
+        xr.testing.assert_allclose(
+            data.displacement_radius.variable, (data.realised_step * 20.0 / 0.5).variable, check_dim_order=True
+        )
+        assert data.alpha.attrs["long_name"] == "along training"
+        assert data.beta.attrs["long_name"] == "coordinate along direction η, in units of its norm"
+        assert data.reward.attrs["long_name"] == "a coin"
+        assert data.kl_k1.attrs["long_name"].startswith("KL divergence")
+
+
+def test_without_a_displacement_the_radius_is_missing_and_says_so(landscape):
+    with xr.open_dataset(landscape) as data:
+        assert np.isnan(data.displacement_norm)
+        assert data.displacement_radius.isnull().all()
+        assert data.displacement_norm.attrs["comment"].startswith("not known")
 
 
 def test_steps_concatenate_with_concat_and_open_mfdataset(tmp_path):

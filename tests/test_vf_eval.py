@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import POLICY, ROOT
 from environment.reference import reward as published_reward
+from rlvr_alphabet_sort.rules import random_reward
 
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 
@@ -27,7 +28,8 @@ def readme_command() -> list[str]:
     return shlex.split(block.replace("\\\n", " "))
 
 
-async def test_the_readme_command_gives_the_rewards_of_the_rules(server, tmp_path):
+@pytest.mark.parametrize("mode", ["verifier", "random"])
+async def test_the_readme_command_gives_the_rewards_of_the_rules(server, tmp_path, mode):
     if shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") is None:
         pytest.skip("the stock harness needs uv on the PATH")
     async with LandscapeClient(server.url, server.token) as client:
@@ -37,6 +39,7 @@ async def test_the_readme_command_gives_the_rewards_of_the_rules(server, tmp_pat
     command[command.index("-n") + 1] = "6"
     command[command.index("--client.base-url") + 1] = f"{server.url}/v1"
     key = command[command.index("--client.api-key-var") + 1]
+    command += [] if mode == "verifier" else ["--env.taskset.task.reward-mode", mode]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*command, "--output-dir", str(tmp_path)],
@@ -54,5 +57,11 @@ async def test_the_readme_command_gives_the_rewards_of_the_rules(server, tmp_pat
         replies = [n["message"].get("content") or "" for n in trace["nodes"] if n.get("sampled")]
         truths = trace["task"]["data"]["info"]["ground_truths"]
         reward = sum(r["score"] * r["weight"] for r in trace["rewards"].values())
-        assert reward == pytest.approx(published_reward(replies, truths, 4, True), abs=1e-12)
+        verified = published_reward(replies, truths, 4, True)
+        if mode == "verifier":
+            assert reward == pytest.approx(verified, abs=1e-12)
+        else:
+            assert list(trace["rewards"]) == ["random_reward"]
+            assert reward == random_reward(trace["task"]["data"]["info"]["user_turns"], replies)
+            assert trace["metrics"]["verifier_reward"] == pytest.approx(verified, abs=1e-12)
         assert len(replies) == len(truths) == 2

@@ -168,6 +168,9 @@ def check_same_design(datasets: Iterable[xr.Dataset], names: Iterable[str], *, g
         both = f"{reference_name} and {name}"
         if data.sizes["prompt"] != reference.sizes["prompt"]:
             raise AnalysisError(f"{both} have {reference.sizes['prompt']} and {data.sizes['prompt']} prompts")
+        paid = [d.attrs.get("reward_mode", "verifier") for d in (reference, data)]
+        if paid[0] != paid[1]:
+            raise AnalysisError(f"{both} were paid by different rewards ({paid[0]} and {paid[1]}); analyse them apart")
         hashes = [d.attrs.get("prompts_sha256") for d in (reference, data)]
         if hashes[0] != hashes[1]:
             raise AnalysisError(f"{both} were measured on different prompts (prompts_sha256 differs)")
@@ -205,8 +208,9 @@ def per_prompt(data: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dataset:
     variables["successes"] = solved.assign_attrs(long_name=f"rollouts with reward >= {threshold:g}", units="1")
     if "base_tokens" in data:
         variables["tokens"] = rollout_mean(data["base_tokens"])
-    if "realised_step" in data:
-        variables["realised_step"] = data["realised_step"]
+    for name in ("realised_step", "displacement_radius"):
+        if name in data:
+            variables[name] = data[name]
     attrs = data.attrs | {"reduced": "per_prompt", "threshold": threshold, "rollouts": data.sizes["rollout"]}
     return xr.Dataset(variables, attrs=attrs)
 

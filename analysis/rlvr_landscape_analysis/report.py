@@ -420,6 +420,7 @@ def render(figure: Figure, kind: str, dpi: int | None = None) -> bytes:
 
 _ROWS = (
     ("radius", "radius", None),
+    ("displacement_radius", "distance / training's own", None),
     ("reward", "reward", "reward_se"),
     ("difference", "difference from the origin", "difference_se"),
     ("kl", "KL, nat", "kl_se"),
@@ -519,6 +520,12 @@ def _warnings(analysis: RunAnalysis) -> Iterator[str]:
         yield (
             '<p class="warning"><b>Synthetic data.</b> These landscapes were computed, not measured on a model '
             f"({escape(', '.join(made))}).</p>"
+        )
+    paid = sorted({str(m.attrs["reward_mode"]) for m in analysis.maps.values() if "reward_mode" in m.attrs})
+    if paid and paid != ["verifier"]:
+        yield (
+            f'<p class="warning"><b>Control.</b> Every reward here is {escape(", ".join(paid))}, '
+            "not the verifier's.</p>"
         )
     if analysis.notes:
         many = len(analysis.notes) > 1

@@ -105,11 +105,18 @@ def _analyse(file: RunFile, settings: Bootstrap, threshold: float, level: float,
         part.design = xr.Dataset(
             {name: ((), 0) for name in data.data_vars},
             {"prompt": data["prompt"].values},
-            {"prompts_sha256": data.attrs.get("prompts_sha256")},
+            {name: data.attrs[name] for name in ("prompts_sha256", "reward_mode") if name in data.attrs},
         )
         part.prompts, part.rollouts = data.sizes["prompt"], data.sizes["rollout"]
         part.alphas, part.betas = (tuple(data[axis].values.tolist()) for axis in ("alpha", "beta"))
         reduced = per_prompt(data, threshold=threshold).load()
+    for axis in ("alpha", "beta"):
+        words = str(data.attrs.get(f"direction_{axis}", "random"))
+        if not words.startswith("random"):
+            notes.append(
+                f"{where}: {axis} is no random direction ({words}), so each axis has a unit of its own, and the "
+                "radius that correlations control for, sqrt(alpha^2 + beta^2), is not the distance between weights."
+            )
     failed = 1 - float(reduced["rollouts"].mean()) / part.rollouts
     if failed > 0:
         notes.append(f"{where}: {failed:.2%} of the rollouts failed and are left out of their prompt's mean.")
@@ -159,8 +166,9 @@ def _map(reduced: xr.Dataset, k: int, level: float) -> xr.Dataset:
         "adjusted_p": tests["adjusted_p"],
         "better": tests["better"],
     }
-    if "realised_step" in reduced:
-        variables["realised_step"] = reduced["realised_step"]
+    for name in ("realised_step", "displacement_radius"):
+        if name in reduced and bool(reduced[name].notnull().any()):
+            variables[name] = reduced[name]
     return xr.Dataset(variables).drop_vars("prompt", errors="ignore")
 
 
@@ -168,7 +176,8 @@ def _profile(reduced: xr.Dataset) -> xr.Dataset:
     found = {name: radial_profile(reduced[source]) for name, source in (("reward", "reward"), ("kl", "kl_k1"))}
     variables = {name: profile["mean"] for name, profile in found.items()}
     variables |= {f"{name}_se": profile["standard_error"] for name, profile in found.items()}
-    return xr.Dataset(variables | {"points": found["reward"]["points"]})
+    paid = {name: value for name, value in reduced.attrs.items() if name == "reward_mode"}
+    return xr.Dataset(variables | {"points": found["reward"]["points"]}, attrs=paid)
 
 
 def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[str]) -> RunAnalysis:
@@ -192,6 +201,10 @@ def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[st
         for name, value in exploitation.items():
             dims = ("bound",) if name.endswith("_interval") else ()
             series[f"exploitation_{name}"] = (dims, np.asarray(value))
+    mode = parts[0].design.attrs.get("reward_mode", "verifier")
+    if mode != "verifier":
+        curves.attrs["reward_mode"] = mode
+        notes.append(f"Every reward is a control: {mode}, not the verifier's (reward_mode of the taskset).")
     claims = all_claims(tables, exploitation, gains, settings)
     return RunAnalysis(
         path=path,

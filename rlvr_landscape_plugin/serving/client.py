@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -130,10 +130,16 @@ class LandscapeClient:
         """SHA-256 per parameter in kernel layout, one dict per worker."""
         return (await self._json("GET", "/landscape/checksums"))["workers"]
 
-    async def load(self, snapshot: str, slice_: dict[str, Any]) -> dict[str, Any]:
-        """Hand the server a snapshot directory (its own file system) and a slice; move before sampling."""
+    async def load(
+        self, snapshot: str, slice_: dict[str, Any], directions: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Hand the server a snapshot directory and a slice; move before sampling.
+
+        `directions`: the file of each axis whose direction is not drawn. All paths are on the server's file system.
+        """
         self.version = None
-        return await self._json("POST", "/landscape/load", {"snapshot": snapshot, "slice": slice_})
+        body = {"snapshot": snapshot, "slice": slice_, "directions": dict(directions or {})}
+        return await self._json("POST", "/landscape/load", body)
 
     async def move(self, alpha: float, beta: float) -> MoveResult:
         """Set the weights to θ + α δ + β η and empty every cache. Atomic: see endpoint.py for what a failure leaves."""

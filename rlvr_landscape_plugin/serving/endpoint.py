@@ -2,7 +2,7 @@
 
     GET  /landscape/info        what this server is and where its weights stand
     GET  /landscape/checksums   SHA-256 of every parameter in kernel layout, one dict per worker
-    POST /landscape/load        {snapshot, slice}             take a snapshot and a slice in
+    POST /landscape/load        {snapshot, slice, directions} take a snapshot and a slice in
     POST /landscape/move        {alpha, beta}                 pause · write · empty the caches · resume
     POST /landscape/generate    {requests, sampling, version} sample; one JSON line per finished request
     POST /landscape/score       {sequences, version}          log π of given tokens; one JSON line per sequence
@@ -13,7 +13,7 @@ refused unless the state is `clean` and, where the caller names a version, unles
 stays paused, so that vLLM's own routes do not answer from a mixture either; a successful move cleans it.
 
 Every route wants the bearer token of the environment variable RLVR_LANDSCAPE_TOKEN; without that variable all are
-refused. Snapshots are read only below the directories named in RLVR_LANDSCAPE_ROOTS.
+refused. Snapshots and directions are read only below the directories named in RLVR_LANDSCAPE_ROOTS.
 """
 
 from __future__ import annotations
@@ -148,11 +148,14 @@ class LandscapeEndpoint:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         call = await _body(request, LoadCall)
-        path = _confined(call.snapshot)
+        path = _confined(call.snapshot, "snapshot")
+        files = {axis: str(_confined(file, f"direction {axis}")) for axis, file in call.directions.items()}
         async with self._lock:
             reports = await self._with_reports(
                 lambda folder: self._engine.init_weight_transfer_engine(
-                    WeightTransferInitRequest({"snapshot": str(path), "slice": call.slice, "report": folder})
+                    WeightTransferInitRequest(
+                        {"snapshot": str(path), "slice": call.slice, "directions": files, "report": folder}
+                    )
                 )
             )
             if error := _first_error(reports):
@@ -337,13 +340,13 @@ async def _body(request: Request, kind: type[Any]) -> Any:
         raise HTTPException(422, f"bad request body: {error}") from error
 
 
-def _confined(snapshot: str) -> Path:
+def _confined(given: str, what: str) -> Path:
     roots = [Path(root).resolve() for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
     if not roots:
         raise HTTPException(503, f"set {ROOTS_VARIABLE} to the directories this server may read snapshots from")
-    path = Path(snapshot).resolve()
+    path = Path(given).resolve()
     if not any(path.is_relative_to(root) for root in roots):
-        raise HTTPException(403, f"snapshot {snapshot} is outside the server's {ROOTS_VARIABLE}")
+        raise HTTPException(403, f"{what} {given} is outside the server's {ROOTS_VARIABLE}; add its directory there")
     return path
 
 

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,16 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from rlvr_landscape_plugin.directions import AXES, SliceSpec, fingerprint, global_scales, scaled_direction
-from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
+from rlvr_landscape_plugin.directions import (
+    AXES,
+    Axis,
+    SliceSpec,
+    fingerprint,
+    global_scales,
+    open_direction,
+    scaled_direction,
+)
+from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot, read_tensor
 
 BACKEND = "landscape"
 _CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
@@ -58,6 +66,8 @@ class LoadRequest(WeightTransferInitInfo):
     snapshot: str = ""
     """Directory of the snapshot; empty: change nothing, report checksums of the weights in use."""
     slice: dict[str, Any] = field(default_factory=dict)
+    directions: dict[str, str] = field(default_factory=dict)
+    """Axis → file, for each axis whose direction is not drawn from the seed."""
 
 
 @dataclass
@@ -138,20 +148,41 @@ class Slice:
     """(δ, η), float32; tensors that stand still are left out."""
 
     @classmethod
-    def build(cls, theta: dict[str, torch.Tensor], spec: SliceSpec, device: torch.device) -> Slice:
-        """Draw and scale the directions. `theta` (CPU tensors) is moved to `device` together with them."""
+    def build(
+        cls,
+        theta: dict[str, torch.Tensor],
+        spec: SliceSpec,
+        device: torch.device,
+        files: Mapping[str, str] | None = None,
+    ) -> Slice:
+        """Draw and scale the random directions, read the others from `files`.
+
+        `theta` (CPU tensors) is moved to `device` together with them. Raises `SnapshotError` for a file that is not the
+        one `spec` names, `ValueError` if one is missing.
+        """
 
         def weight(name: str) -> Any:
             return theta[name].to(torch.float32).numpy()
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
+        read = {}
+        for axis in AXES:
+            if not spec.drawn(axis):
+                if axis not in (files or {}):
+                    raise ValueError(f"slice.{axis} is not drawn from the seed, and no file came with it")
+                read[axis] = open_direction(spec, axis, Path((files or {})[axis]), shapes)
+
+        def direction(axis: Axis, name: str, values: Any) -> torch.Tensor:
+            if axis in read:
+                return torch.from_numpy(read_tensor(read[axis], name)).to(device)
+            return torch.from_numpy(scaled_direction(spec, axis, name, values, scales[axis])).to(device)
 
         scales = global_scales(spec, theta, weight)
         directions = {}
         for name in theta:
             if spec.moves(name):
                 values = weight(name)
-                pair = (torch.from_numpy(scaled_direction(spec, axis, name, values, scales[axis])) for axis in AXES)
-                delta, eta = (tensor.to(device) for tensor in pair)
-                directions[name] = (delta, eta)
+                directions[name] = (direction("alpha", name, values), direction("beta", name, values))
         return cls(spec, {name: tensor.to(device) for name, tensor in theta.items()}, directions)
 
     @cached_property
@@ -226,7 +257,7 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             previous = self._state
             same_bytes = previous is not None and previous.snapshot.sha256 == snapshot.sha256
             theta = _load_tensors(snapshot)
-            built = Slice.build(theta, spec, self._home(theta))
+            built = Slice.build(theta, spec, self._home(theta), init_info.directions)
         except (ValueError, OSError, TypeError) as error:
             self._report(init_info.report, {"error": str(error)})
             return

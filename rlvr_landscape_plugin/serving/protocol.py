@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever a message changes; client and server must agree."""
 MAX_BODY_BYTES = 256 * 2**20
 TOKEN_VARIABLE = "RLVR_LANDSCAPE_TOKEN"
 """Environment variable with the bearer token, on both sides."""
 ROOTS_VARIABLE = "RLVR_LANDSCAPE_ROOTS"
-"""Environment variable of the server: directories it may read snapshots from."""
+"""Environment variable of the server: directories it may read snapshots and directions from."""
 
 
 class LoadCall(msgspec.Struct, forbid_unknown_fields=True):
@@ -22,6 +22,8 @@ class LoadCall(msgspec.Struct, forbid_unknown_fields=True):
 
     snapshot: str
     slice: dict[str, Any]
+    directions: dict[str, str] = {}
+    """Axis → file of its direction, on the server's file system, for each axis that is not drawn from the seed."""
 
 
 class MoveCall(msgspec.Struct, forbid_unknown_fields=True):

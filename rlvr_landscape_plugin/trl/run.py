@@ -256,7 +256,7 @@ def _train(config: TrainConfig, run: Run, display: Display) -> None:
         shutil.rmtree(leftover)
 
     practice = Practice(config.env.id, dict(config.env.taskset), config.env.num_tasks)
-    held_out = Practice(config.env.id, config.env.taskset | config.evaluation.taskset, config.evaluation.num_tasks)
+    held_out = Practice(config.env.id, config.held_out_taskset, config.evaluation.num_tasks)
     model, base = (
         AutoModelForCausalLM.from_pretrained(str(run.base.path), dtype=torch.float32, local_files_only=True)
         for _ in range(2)

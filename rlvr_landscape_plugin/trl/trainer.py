@@ -125,6 +125,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         self, run: TrainConfig, base: Any, server: PolicyServer, practice: Practice, hooks: Hooks, **options: Any
     ) -> None:
         self._run, self._server, self._practice, self._hooks = run, server, practice, hooks
+        self._filler = int(options["processing_class"].eos_token_id)
         self._objective = make_objective(run.objective)
         self._base = base.requires_grad_(False).eval()
         self._batch: TrainerBatch | None = None
@@ -153,7 +154,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         # Indices repeat when the tasks are used up, the step does not.
         cells = self._server.roll(self._practice, indices, rollouts, f"train/{step}", self._hooks.episode)
         clock.append(time.perf_counter())
-        self._batch = to_batch(cells, filler=int(self._server.tokenizer.eos_token_id))
+        self._batch = to_batch(cells, filler=self._filler)
         self._of_batch = batch_metrics(cells)
         self._of_batch |= dict(zip(("seconds_push", "seconds_rollouts"), np.diff(clock).tolist(), strict=True))
         rewards = [None if math.isnan(reward) else reward for reward in self._batch.rewards.ravel().tolist()]

@@ -19,6 +19,7 @@ from rlvr_landscape_analysis.figures.maps import (
 from rlvr_landscape_analysis.figures.points import kl_reward_scatter, radial_profile
 from rlvr_landscape_analysis.figures.relief import surface
 from rlvr_landscape_analysis.figures.series import (
+    compare_runs,
     controlled_over_training,
     correlation_over_training,
     early_correlation,
@@ -31,6 +32,7 @@ __all__ = [
     "PAGE_INCHES",
     "STYLE",
     "animate",
+    "compare_runs",
     "controlled_over_training",
     "correlation_over_training",
     "difference_map",

@@ -51,6 +51,7 @@ LABELS = {
     "adjusted_p": "p-value, FDR-adjusted",
     "radius": "distance from the origin",
     "realised_step": "realised step, ‖θ(α,β) − θ‖ / ‖θ‖",
+    "displacement_radius": "distance from the checkpoint / its distance from snapshot 0",
 }
 """Axis and colour-bar labels of the quantities of a map, with units."""
 MISSING_NOTE = "crossed grey: not measured"
@@ -182,10 +183,18 @@ def label_of(map_: xr.Dataset, name: str) -> str:
     if name == "pass_k":
         found = re.search(r"pass@\d+", attrs.get("long_name", ""))
         return found[0] if found else f"pass@{map_.attrs.get('rollouts', 'k')}"
+    if name == "reward":
+        return reward_label(map_.attrs)
     if name in LABELS:
         return LABELS[name]
     units = attrs.get("units", "1")
     return attrs.get("long_name", name) + (f" ({units})" if units not in ("1", "") else "")
+
+
+def reward_label(attrs: Mapping[Any, Any]) -> str:
+    """Label of the mean reward; a control (`reward_mode` other than the verifier's) is named."""
+    mode = attrs.get("reward_mode", "verifier")
+    return LABELS["reward"] if mode == "verifier" else f"mean {mode} reward (a control)"
 
 
 def edges(values: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -257,8 +266,9 @@ def frame(ax: Axes, map_: xr.Dataset) -> None:
     for axis, name, values, bounds in zip(
         (ax.xaxis, ax.yaxis), ("α", "β"), (map_[a].values for a in POINT), borders(map_), strict=True
     ):
-        direction = "δ" if name == "α" else "η"
-        axis.set_label_text(f"step along {direction}, {name}")
+        direction, of = ("δ", "alpha") if name == "α" else ("η", "beta")
+        words = re.split(r"; | of ", str(map_.attrs.get(f"direction_{of}", "random")))[0]
+        axis.set_label_text(f"step along {direction}, {name}" if words.startswith("random") else f"{words}: {name}")
         if len(values) == 1:
             axis.set_label_text(name)
             axis.set_ticks([values[0]])
@@ -341,4 +351,6 @@ def heading(map_: xr.Dataset, *, size: bool = True) -> str:
     parts = [f"{word} {int(map_[name])}" for name, word in (("step", "step"), ("slice_seed", "slice")) if name in map_]
     if size and {"prompts", "rollouts"} <= set(map_.attrs):
         parts.append(f"{map_.attrs['prompts']} prompts × {map_.attrs['rollouts']} rollouts")
+    if map_.attrs.get("reward_mode", "verifier") != "verifier":
+        parts.append(f"{map_.attrs['reward_mode']} reward")
     return ", ".join(parts)

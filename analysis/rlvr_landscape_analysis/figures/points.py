@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.figures.grid import LABELS, as_map, heading, plane
+from rlvr_landscape_analysis.figures.grid import LABELS, as_map, heading, label_of, plane, reward_label
 from rlvr_landscape_analysis.figures.series import chosen_table, draw_series
 from rlvr_landscape_analysis.figures.style import (
     COLUMN_INCHES,
@@ -50,7 +50,7 @@ def kl_reward_scatter(
     alpha, beta = np.meshgrid(map_["alpha"].values, map_["beta"].values)
     usable = np.isfinite(kl) & np.isfinite(reward)
     ax.set_xlabel(LABELS["kl"])
-    ax.set_ylabel(LABELS["reward"])
+    ax.set_ylabel(label_of(map_, "reward"))
     out: dict[str, Any] = dict.fromkeys(("points", "bars", "origin", "colorbar", "message"))
     left_out = int((~usable).sum())
     if not usable.any():
@@ -125,7 +125,7 @@ def radial_profile(profile: xr.Dataset) -> dict[str, Any]:
         raise AnalysisError(f"a radial profile has the dimension radius, this has {dict(profile.sizes)}")
     profile = profile.sortby("radius")
     figure, axes = new_panels(2, 1, COLUMN_INCHES, 3.6, sharex=True)
-    labels = {"reward": LABELS["reward"], "kl": "KL (nat)"}
+    labels = {"reward": reward_label(profile.attrs), "kl": "KL (nat)"}
     radii = profile["radius"].values.astype(float)
     drawn: dict[str, Any] = {}
     for ax, name, style in zip(axes[:, 0], ("reward", "kl"), SERIES, strict=False):

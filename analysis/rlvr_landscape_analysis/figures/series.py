@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.figures.grid import reward_label
 from rlvr_landscape_analysis.figures.style import (
+    NOTE_SIZE,
     PAGE_INCHES,
     SERIES,
     new_figure,
@@ -274,7 +277,7 @@ def training_curves(training: xr.Dataset) -> dict[str, Any]:
     training = training.sortby("step")
     at = training["step"].values
     k = training.attrs.get("k", "k")
-    left = {"reward": "mean reward", "pass_1": "pass@1", "pass_k": f"pass@{k}"}
+    left = {"reward": reward_label(training.attrs), "pass_1": "pass@1", "pass_k": f"pass@{k}"}
     figure, axes = new_panels(1, 2, PAGE_INCHES, 2.3)
     out: dict[str, Any] = {"figure": figure, "axes": axes[0], "messages": []}
     crossed: list[Any] = []
@@ -307,4 +310,37 @@ def training_curves(training: xr.Dataset) -> dict[str, Any]:
             low_limit, high_limit = ax.get_ylim()
             ax.set_ylim(min(0.0, low_limit) if ax is axes[0, 0] else low_limit, high_limit)
     out["legend"] = _legend(axes[0, 0], gaps=crossed)
+    return out
+
+
+@styled
+def compare_runs(runs: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """Held-out reward of several training runs on the left, token entropy on the right (held-out and in training).
+
+    `runs` are datasets of `open_training` by label. Bands are the paired interval of the gain over step 0, so runs that
+    start from one policy start from one point. Returns one entry per label with `reward` (artists of a series) and
+    `entropy` (the held-out line), and `legend`, `figure`, `axes`.
+    """
+    figure, axes = new_panels(1, 2, PAGE_INCHES, 2.4)
+    reward_axes, entropy_axes = axes[0]
+    out: dict[str, Any] = {"figure": figure, "axes": axes[0]}
+    for place, (label, run) in enumerate(runs.items()):
+        style = SERIES[place % len(SERIES)]
+        first = float(run["held_out"][0])
+        low, high = (first + run["gain_interval"].sel(bound=bound).values for bound in ("low", "high"))
+        drawn = draw_series(reward_axes, run["look"].values, run["held_out"].values, low, high, style, label)
+        entropy_axes.plot(run["step"], run["entropy"], color=style["color"], lw=0.5, alpha=0.5)
+        line = entropy_axes.plot(run["look"], run["held_out_entropy"], mec="white", mew=0.3, **style)[0]
+        out[label] = {"reward": drawn, "entropy": line}
+    tasks = {int(run.attrs["tasks"]) for run in runs.values()}
+    level = {float(run.attrs["level"]) for run in runs.values()}
+    reward_axes.set_ylabel("held-out reward")
+    entropy_axes.set_ylabel("token entropy (nat)")
+    for ax in axes[0]:
+        ax.set_xlabel("training step")
+        ax.margins(x=0.03)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    note = f"{', '.join(map(str, sorted(tasks)))} held-out tasks; bands: {100 * max(level):g} % interval of the gain"
+    figure.supxlabel(f"{note}; thin lines: entropy of the training batches", fontsize=NOTE_SIZE)
+    out["legend"] = _legend(reward_axes, gaps=[], columns=4)
     return out

@@ -6,6 +6,8 @@ Change nothing here without raising the package's major version: published numbe
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -68,3 +70,13 @@ def format_failures(responses: Sequence[str], turns: int) -> float:
         return 0.0
     found = sum(1 for turn in range(turns) if turn < len(responses) and attempts(responses[turn], turn))
     return 1.0 - found / turns
+
+
+def random_reward(user_turns: Sequence[str], responses: Sequence[str]) -> float:
+    """0 or 1 with equal chance, whatever the answers are worth (Shao et al. 2025, arXiv 2506.10947, γ = 0.5).
+
+    A pure function of the conversation, one bit of its SHA-256: the same replies to the same task are paid the same in
+    every process, and replies that differ in one character are paid independently.
+    """
+    text = json.dumps(["rlvr-alphabet-sort random reward", list(user_turns), list(responses)])
+    return float(hashlib.sha256(text.encode()).digest()[0] & 1)

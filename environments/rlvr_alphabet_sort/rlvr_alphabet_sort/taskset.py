@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import verifiers.v1 as vf
 from pydantic import Field, field_validator, model_validator
 
 from rlvr_alphabet_sort.names import check_source, open_source
-from rlvr_alphabet_sort.rules import FIRST_TAG, LATER_TAG, NEW_MARK, episode_reward, format_failures
+from rlvr_alphabet_sort.rules import FIRST_TAG, LATER_TAG, NEW_MARK, episode_reward, format_failures, random_reward
 
 SEED = 1337420
 """The published environment's seed."""
@@ -35,6 +35,9 @@ class AlphabetSortTaskConfig(vf.TaskConfig):
     """Exponent on the sequence similarity; higher punishes small errors harder."""
     power_per_turn: bool = True
     """Raise each turn's similarity, then average (True); or average first, then raise the mean (False)."""
+    reward_mode: Literal["verifier", "random", "inverted"] = "verifier"
+    """What is paid: the verifier's score; or, as a control, a coin's (`random_reward`) or one minus it
+    (`inverted_reward`). A control keeps the verifier's score as the metric `verifier_reward`."""
 
 
 class AlphabetSortConfig(vf.TasksetConfig):
@@ -53,6 +56,12 @@ class AlphabetSortConfig(vf.TasksetConfig):
     source: str = "builtin"
     """`builtin` (names shipped with the package), `hf` (the published dataset), or a JSONL file of {"names": [...]}."""
     task: AlphabetSortTaskConfig = AlphabetSortTaskConfig()
+
+    @property
+    def name(self) -> str:
+        """The id and, where it is not the verifier's, the reward: what verifiers' results are labelled with."""
+        mode = self.task.reward_mode
+        return self.id if mode == "verifier" else f"{self.id}-{mode}-reward"
 
     @field_validator("source")
     @classmethod
@@ -81,19 +90,31 @@ class AlphabetSortTask(vf.Task[AlphabetSortData, vf.State, AlphabetSortTaskConfi
     """One conversation with its reward."""
 
     @vf.reward(weight=1.0)
-    async def alphabet_sort(self, trace: vf.Trace) -> float:
-        """The verifier's reward, see `rules.episode_reward`."""
+    async def alphabet_sort(self, trace: vf.Trace) -> float | dict[str, float]:
+        """The verifier's reward, see `rules.episode_reward`; a control's under the control's own name."""
+        if self.config.reward_mode == "random":
+            return {"random_reward": random_reward(self.data.info["user_turns"], _responses(trace))}
+        if self.config.reward_mode == "inverted":
+            return {"inverted_reward": 1.0 - self._verified(trace)}
+        return self._verified(trace)
+
+    @vf.metric
+    async def verifier_reward(self, trace: vf.Trace) -> dict[str, float]:
+        """What the verifier says where something else is paid; nothing where it is the reward itself."""
+        return {} if self.config.reward_mode == "verifier" else {"verifier_reward": self._verified(trace)}
+
+    @vf.metric
+    async def format_failure(self, trace: vf.Trace) -> float:
+        """Share of turns without a tagged list."""
+        return format_failures(_responses(trace), self.data.info["num_turns"])
+
+    def _verified(self, trace: vf.Trace) -> float:
         return episode_reward(
             _responses(trace),
             self.data.info["ground_truths"],
             self.config.similarity_power,
             self.config.power_per_turn,
         )
-
-    @vf.metric
-    async def format_failure(self, trace: vf.Trace) -> float:
-        """Share of turns without a tagged list."""
-        return format_failures(_responses(trace), self.data.info["num_turns"])
 
 
 def _responses(trace: vf.Trace) -> list[str]:

@@ -378,7 +378,9 @@ class OptimizerConfig(StrictConfig):
     weight_decay: float = Field(default=0.0, ge=0)
     """Of both."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rates rise; constant afterwards."""
+    """Steps over which the learning rates rise to their peak from 0, so the first of them changes nothing."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How they fall from there to 0 at the last step; `steps` then belongs to the run and cannot be raised later."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger norm are scaled down to it."""
     updates_per_batch: int = Field(default=1, ge=1)
@@ -409,7 +411,7 @@ class TrainConfig(StrictConfig):
     model: str = "tiny-sorter"
     """The policy to start from: a Hugging Face checkpoint directory, or `tiny-sorter`."""
     steps: int = Field(default=100, ge=1)
-    """Optimizer updates; a finished run continues when this is raised."""
+    """Optimizer updates; a finished run continues when this is raised (unless `optimizer.decay`)."""
     seed: int = Field(default=0, ge=0)
     """Seed of all sampling."""
     snapshots: str = "0-10, 20-150:10"
@@ -481,9 +483,11 @@ class TrainConfig(StrictConfig):
         return self.env.tasks_per_batch * self.env.rollouts
 
     def provenance(self) -> dict[str, Any]:
-        """What determines the run, JSON-able; `steps` and what only concerns speed are left out."""
+        """What determines the run, JSON-able; what only concerns speed is left out, `steps` too without a decay."""
         data = self.model_dump(mode="json", exclude={"output", "steps", "threads", "dry_run", "server"})
         del data["env"]["max_concurrent"]
+        if self.optimizer.decay != "none":
+            data["steps"] = self.steps
         return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}
 
 

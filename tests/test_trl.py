@@ -140,6 +140,11 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     first = Run(config, base)
     assert Run(config, base).identity == first.identity
     assert Run(config.model_copy(update={"steps": 500, "threads": 1}), base).identity == first.identity
+    decaying = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"decay": "linear"})})
+    decaying = decaying.model_copy(update={"output": tmp_path / "decaying"})
+    Run(decaying, base)
+    with pytest.raises(StoreError, match="steps was 100, is 500"):
+        Run(decaying.model_copy(update={"steps": 500}), base)
     with pytest.raises(StoreError, match="seed was 0, is 1"):
         Run(config.model_copy(update={"seed": 1}), base)
     (tmp_path / "other").mkdir()
@@ -321,7 +326,12 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
             "state_every": 2,
             "env": {"num_tasks": 6, "tasks_per_batch": 2, "rollouts": 4},
             "objective": objective,
-            "optimizer": {"updates_per_batch": updates},
+            "optimizer": {
+                "updates_per_batch": updates,
+                "name": "adamw",
+                "lr": 1e-5,
+                "decay": "linear",
+            },
             "monitor_rollouts": 3,
         }
     )
@@ -345,6 +355,7 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     assert sampler.pushed == list(range(0, 4, updates))
     assert len(episodes) == 8 * batches
     assert [step for step, _ in lines] == [1, 2, 3, 4]
+    assert [record["learning_rate"] for _, record in lines] == pytest.approx([1e-5, 7.5e-6, 5e-6, 2.5e-6])
     for _, record in lines:
         assert all(np.isfinite(value) for value in record.values())
         assert record["kl_previous"] > 0

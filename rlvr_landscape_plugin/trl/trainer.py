@@ -41,6 +41,8 @@ from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
 
 COMPLETE = "COMPLETE"
 """Marker of a training state that is whole: the last file to be written."""
+_DECAYS = {"none": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+"""`optimizer.decay` in the words of transformers' schedulers."""
 ROWS = 64
 """Sequences in one pass through the model."""
 
@@ -335,7 +337,7 @@ def make_trainer(
         max_completion_length=config.server.max_model_len,
         max_steps=config.steps,
         learning_rate=config.optimizer.lr,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=_DECAYS[config.optimizer.decay],
         warmup_steps=config.optimizer.warmup_steps,
         max_grad_norm=config.optimizer.max_grad_norm,
         beta=0.0,

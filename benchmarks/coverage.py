@@ -12,9 +12,11 @@ last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -100,10 +102,18 @@ def _one(job: tuple) -> list[float]:
     return one(*job)
 
 
-def single_threaded() -> None:
-    """Start worker processes whose matrix products use one thread each."""
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
+@contextlib.contextmanager
+def workers(count: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Processes whose matrix products use one thread each: two with two threads each take several times as long."""
+    variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(dict.fromkeys(variables, "1"))
+    try:
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def coverage(scenario: tuple, datasets: int, pool: ProcessPoolExecutor | None = None) -> np.ndarray:
@@ -122,8 +132,7 @@ def main() -> None:
     print("| shape | grid | prompts × rollouts | heterogeneity | " + " | ".join(COLUMNS) + " |")
     print("|---|---|---|---|" + "---|" * len(COLUMNS), flush=True)
     rows = []
-    single_threaded()
-    with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with workers(arguments.processes) as pool:
         for scenario in SCENARIOS:
             if arguments.shapes and scenario[0] not in arguments.shapes:
                 continue

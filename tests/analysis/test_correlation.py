@@ -282,11 +282,9 @@ def test_impossible_settings_are_refused(bad):
 )
 def test_intervals_cover_the_truth(scenario):
     """500 datasets each; 92–98 % (docs/statistics.md has the whole table)."""
-    from concurrent.futures import ProcessPoolExecutor
-
     import coverage as script
 
-    with ProcessPoolExecutor(2) as pool:
+    with script.workers(2) as pool:
         found = dict(zip(script.COLUMNS, script.coverage(scenario, 500, pool), strict=True))
     for name in ("correlation", "partial (linear)", "within shells", "beyond radius", "best-point gain"):
         assert 0.92 <= found[name] <= 0.98, found
@@ -295,11 +293,9 @@ def test_intervals_cover_the_truth(scenario):
 @pytest.mark.slow
 def test_the_test_against_the_origin_keeps_its_level():
     """On a flat landscape any point called better is a false discovery: at most 5 % of datasets (binomial slack)."""
-    from concurrent.futures import ProcessPoolExecutor
-
     import coverage as script
 
-    with ProcessPoolExecutor(2) as pool:
+    with script.workers(2) as pool:
         found = script.coverage(("flat", 7, 64, 2, 0.5), 500, pool)
     share = dict(zip(script.COLUMNS, found, strict=True))["FDR"]
     assert share <= stats.binom.ppf(0.999, 500, 0.05) / 500

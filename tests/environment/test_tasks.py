@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +127,8 @@ def test_options_that_cannot_work_are_refused_with_a_reason(options: dict[str, A
     assert all(text in str(failure.value) for text in mentioned), str(failure.value)
 
 
-@pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
-def test_the_hub_source_without_its_package_says_what_to_install() -> None:
+def test_the_hub_source_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlvr_alphabet_sort.names.find_spec", lambda name: None)
     with pytest.raises(ValidationError, match="pip install"):
         AlphabetSortConfig(id="rlvr-alphabet-sort", source="hf")
 

@@ -1,9 +1,9 @@
-# Two commands matter: `make landscape` and `make test`. Both set up what they need in .venv and may be repeated.
+# Commands that matter: `make landscape`, `make reproduce`, `make test`. All set up what they need in .venv and may be repeated.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help setup landscape test lint figures benchmarks clean
+.PHONY: help setup landscape reproduce test lint figures benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -15,6 +15,9 @@ setup:  ## create .venv with everything, a CPU build of vLLM included
 landscape: setup  ## measure a real landscape on this machine and draw it (about 10 minutes)
 	$(PYTHON) -m rlvr_landscape_plugin.sweep @ configs/sweep/quickstart.toml
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart
+
+reproduce: setup  ## the laptop's story: train with GRPO and GRPO-N, sweep, report (about half an hour)
+	bash scripts/reproduce.sh $(PYTHON)
 
 figures: setup  ## draw the figures of outputs/quickstart again
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart

@@ -362,6 +362,25 @@ class ObjectiveConfig(StrictConfig):
         return self
 
 
+class ReferenceConfig(StrictConfig):
+    """When the policy becomes the KL reference and the optimizer starts anew (`objectives.ReferenceSchedule`)."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Optimizer updates since the last reset."""
+    patience: int | None = Field(default=None, ge=1)
+    """Held-out evaluations in a row without improvement."""
+    min_improvement: float = Field(default=0.0, ge=0)
+    """Held-out reward above the best since the last reset that counts as improvement."""
+    max_drop: float | None = Field(default=None, ge=0)
+    """Held-out reward below the best since the last reset that causes a reset."""
+
+    @model_validator(mode="after")
+    def _some(self) -> ReferenceConfig:
+        if self.every is None and self.patience is None and self.max_drop is None:
+            raise ValueError("[reference] never resets: set every, patience or max_drop, or leave the table out")
+        return self
+
+
 class OptimizerConfig(StrictConfig):
     """How the weights follow the gradient."""
 
@@ -426,6 +445,8 @@ class TrainConfig(StrictConfig):
     """What is maximised."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How."""
+    reference: ReferenceConfig | None = None
+    """Resets of the KL reference (ProRL); absent: the reference is the policy at the start."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The held-out tasks."""
     monitor_rollouts: int = Field(default=128, ge=1)
@@ -450,6 +471,11 @@ class TrainConfig(StrictConfig):
             raise ValueError(
                 f"sampling.temperature = {self.sampling.temperature} and sampling.top_p = {self.sampling.top_p} must "
                 "be 1 in training: the objective's ratios are those of the policy itself"
+            )
+        if self.reference is not None and not self.objective.options.get("kl_coefficient"):
+            raise ValueError(
+                "[reference] resets what nothing looks at: set objective.options.kl_coefficient above 0, or leave the "
+                "table out"
             )
         if self.server.urls:
             raise ValueError("server.urls must be empty: training starts a server of its own, whose weights it changes")

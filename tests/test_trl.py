@@ -210,9 +210,12 @@ def test_log_probabilities_equal_a_plain_forward_pass():
     generator = torch.Generator().manual_seed(0)
     rows, prompt, width = trainer.ROWS + 3, 5, 7
     ids = torch.randint(0, 2000, (rows, prompt + width), generator=generator)
-    attention = torch.ones_like(ids)
-    attention[::2, :2] = 0
-    mask = torch.rand((rows, width), generator=generator) < 0.5
+    columns = torch.arange(prompt + width)
+    left, right = (torch.randint(0, most, (rows, 1), generator=generator) for most in (prompt, width))
+    # One row is longer than all others, so that the others are scored without its columns.
+    left[1:], right[0], right[1:] = left[1:].clamp(min=2), 0, right[1:].clamp(min=1)
+    attention = ((columns >= left) & (columns < prompt + width - right)).long()
+    mask = (torch.rand((rows, width), generator=generator) < 0.5) & attention[:, prompt:].bool()
     mask[1] = False
     inputs = {"input_ids": ids, "attention_mask": attention, "mask": mask}
     logprobs, entropies = trainer.log_probability(model, inputs)
@@ -341,6 +344,7 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     hooks = Hooks(
         metrics=lambda step, record: lines.append((step, record)),
         evaluate=lambda step: None,
+        reset=lambda step, reason: pytest.fail("nothing asks for a reset"),
         saved=lambda step, folder: saved.append(step),
         episode=lambda: episodes.append(1),
         wants_state=lambda step: step % 2 == 0,
@@ -366,6 +370,76 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     start = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
     assert all(torch.equal(weight, start[name]) for name, weight in base.state_dict().items())
     assert not any(torch.equal(weight, start[name]) for name, weight in model.state_dict().items())
+
+
+@needs_trl
+def test_a_reset_makes_the_policy_its_own_reference_and_forgets_the_moments(tmp_path):
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlvr_landscape_plugin.trl.trainer import Hooks, make_trainer
+
+    config = TrainConfig.model_validate(
+        {
+            "steps": 5,
+            "snapshots": "0",
+            "env": {"num_tasks": 6, "tasks_per_batch": 2, "rollouts": 4},
+            "objective": {"name": "grpo", "options": {"kl_coefficient": 0.1}},
+            "optimizer": {"name": "adamw", "lr": 1e-4},
+            "reference": {"every": 4, "max_drop": 0.1},
+            "monitor_rollouts": 3,
+        }
+    )
+    path = str(open_snapshot("tiny-sorter").path)
+    weights, moments, resets = {}, {}, []
+    rewards = {1: 0.5, 2: 0.3}  # a drop at step 2, then the interval from there on never passes
+
+    def make():
+        model, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2))
+
+        def reset(step: int, reason: str) -> None:
+            resets.append((step, reason))
+            weights.update({name: value.clone() for name, value in model.state_dict().items()})
+            moments[step] = len(getattr(trainer.optimizer, "optimizer", trainer.optimizer).state)
+
+        hooks = Hooks(
+            metrics=lambda step, record: None,
+            evaluate=rewards.get,
+            reset=reset,
+            saved=lambda step, folder: None,
+            episode=lambda: None,
+            wants_state=lambda step: step == 3,
+        )
+        arguments = (AutoTokenizer.from_pretrained(path), Sampler(), SimpleNamespace(tasks=range(6)))
+        trainer = make_trainer(config, model, base, *arguments, tmp_path / "state", hooks)
+        return trainer, model, base
+
+    def same(one, other) -> bool:
+        return all(torch.equal(value, other[name]) for name, value in one.items())
+
+    trainer, model, base = make()
+    trainer.train()
+    assert resets == [(2, "drop")]
+    assert moments == {2: 0}
+    assert same(trainer._reference.state_dict(), weights)
+    assert not same(model.state_dict(), weights)
+    assert same(base.state_dict(), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict())
+    again, *_ = make()
+    assert not same(again._reference.state_dict(), weights)
+    again.restore_reference(tmp_path / "state" / "checkpoint-3")
+    assert same(again._reference.state_dict(), weights)
+    assert again._schedule == trainer._schedule
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "message"),
+    [({}, {"kl_coefficient": 0.1}, "never resets"), ({"every": 3}, {}, "resets what nothing looks at")],
+)
+def test_resets_that_would_do_nothing_are_refused(reference, options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.model_validate({"objective": {"options": options}, "reference": reference})
 
 
 SMALL = """

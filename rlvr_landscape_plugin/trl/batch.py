@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def pass_at_k(passed: np.ndarray, k: int) -> np.ndarray:
 
 def evaluation_metrics(
     cells: Sequence[Sequence[Rollout]], threshold: float, start: Sequence[float | None] | None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The held-out look: `reward` with its standard error over tasks, pass@1 and pass@n, entropy, length.
 
     `task_rewards` are the means per task. Given those of step 0 as `start`, `gain` is the mean difference to them and
@@ -118,7 +119,7 @@ def evaluation_metrics(
     passed = seen & (np.where(seen, rewards, -np.inf) >= threshold)
     surprisal = np.concatenate([rollout.sampled_logprobs for group in cells for rollout in group])
     flat = [rollout for group in cells for rollout in group]
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "reward": float(np.nanmean(means)),
         "reward_se": _standard_error(means),
         "pass_1": float(pass_at_k(passed, 1).mean()),

@@ -70,3 +70,11 @@ class Pair(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share()
+
+
+def forget(optimizer: Any) -> None:
+    """Drop all moments; learning rates and schedules stay."""
+    # accelerate wraps the optimizer of a trainer.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    for part in optimizer.parts if isinstance(optimizer, Pair) else (optimizer,):
+        part.state.clear()

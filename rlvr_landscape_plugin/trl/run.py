@@ -3,6 +3,7 @@
     run.json            identity: run id, parent run, configuration, checksum of the starting policy
     metrics.jsonl       one line per step
     evaluations.jsonl   one line per held-out look
+    resets.jsonl        one line per reset of the KL reference, where [reference] asks for resets
     snapshots/          step_<N>/, what sweeps measure
     state/              checkpoint-<N>/, what a killed run continues from; the last two
     server.log          the vLLM server's
@@ -81,6 +82,7 @@ class Run:
         self.root = config.output
         self.metrics = Lines(self.root / "metrics.jsonl")
         self.evaluations = Lines(self.root / "evaluations.jsonl")
+        self.resets = Lines(self.root / "resets.jsonl")
         self.states = self.root / "state"
         self.snapshots = self.root / "snapshots"
         self.schedule = set(parse_schedule(config.snapshots))
@@ -249,6 +251,8 @@ def _train(config: TrainConfig, run: Run, display: Display) -> None:
         return
     run.metrics.keep_until(step)
     run.evaluations.keep_until(step)
+    if run.resets.path.is_file():
+        run.resets.keep_until(step)
     for leftover in run.states.glob("checkpoint-*"):
         if leftover not in whole:
             shutil.rmtree(leftover)
@@ -264,10 +268,10 @@ def _train(config: TrainConfig, run: Run, display: Display) -> None:
     display.say(f"starting a vLLM server for {run.base.path.name} (log: {_log(config)})")
     with PolicyServer(config, run.base, run.root / "scratch", _log(config)) as server:
 
-        def evaluate(at: int) -> None:
+        def evaluate(at: int) -> float | None:
             due = at % config.evaluation.every == 0 or at == config.steps
             if not due or run.evaluations.at(at) is not None:
-                return
+                return None
             started = time.perf_counter()
             server.push(trainer.save_policy, at)
             indices = range(config.evaluation.num_tasks)
@@ -277,6 +281,11 @@ def _train(config: TrainConfig, run: Run, display: Display) -> None:
             run.evaluations.append({"step": at, **look, "seconds": time.perf_counter() - started})
             gain = f"  gain {look['gain']:+.3f} ± {look['gain_se'] or 0:.3f}" if "gain" in look else ""
             display.say(f"step {at}  held-out reward {look['reward']:.3f} ± {look['reward_se'] or 0:.3f}{gain}")
+            return look["reward"]
+
+        def reset(at: int, reason: str) -> None:
+            run.resets.append({"step": at, "reason": reason})
+            display.say(f"step {at}  KL reference and optimizer reset ({reason})")
 
         def metrics(at: int, record: dict[str, Any]) -> None:
             run.metrics.append({"step": at, **record})
@@ -289,7 +298,7 @@ def _train(config: TrainConfig, run: Run, display: Display) -> None:
         def wants_state(at: int) -> bool:
             return at in run.schedule or at % config.state_every == 0 or at == config.steps
 
-        hooks = Hooks(metrics, evaluate, saved, display.episode, wants_state)
+        hooks = Hooks(metrics, evaluate, reset, saved, display.episode, wants_state)
         tokenizer = server.tokenizer
         trainer = make_trainer(config, model, base, tokenizer, server, practice, run.states, hooks)
         if state is None:
@@ -298,6 +307,7 @@ def _train(config: TrainConfig, run: Run, display: Display) -> None:
                 display.say(f"snapshot {path}")
         else:
             display.say(f"continuing from step {step}")
+            trainer.restore_reference(state)
             if path := run.snapshot(lambda folder: _copy_weights(state, folder), step):
                 display.say(f"snapshot {path}")
         display.start(step)

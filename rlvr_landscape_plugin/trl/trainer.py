@@ -12,6 +12,8 @@ step with a snapshot is ever trained twice.
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import math
 import os
@@ -19,12 +21,13 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback
 
 with warnings.catch_warnings():
@@ -34,11 +37,13 @@ with warnings.catch_warnings():
     from trl.trainer.grpo_trainer import GRPOTrainer
 
 from rlvr_landscape_plugin.config import ObjectiveConfig, TrainConfig
-from rlvr_landscape_plugin.objectives import Objective, configure, group_advantages
+from rlvr_landscape_plugin.objectives import Objective, ReferenceSchedule, configure, group_advantages
 from rlvr_landscape_plugin.trl.batch import TrainerBatch, batch_metrics, to_batch
-from rlvr_landscape_plugin.trl.optimizer import make_optimizer
+from rlvr_landscape_plugin.trl.optimizer import forget, make_optimizer
 from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
 
+REFERENCE = "reference"
+"""Directory within a training state that holds the KL reference, where that one is ever reset."""
 COMPLETE = "COMPLETE"
 """Marker of a training state that is whole: the last file to be written."""
 _DECAYS = {"none": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -59,8 +64,10 @@ class Hooks:
 
     metrics: Callable[[int, dict[str, Any]], None]
     """A step is done; its metrics."""
-    evaluate: Callable[[int], None]
-    """Weights have changed; called after every step."""
+    evaluate: Callable[[int], float | None]
+    """Weights have changed; called after every step. Returns the held-out reward if there was a look."""
+    reset: Callable[[int, str], None]
+    """The KL reference was reset after this step, and why."""
     saved: Callable[[int, Path], None]
     """A training state is complete, in this directory."""
     episode: Callable[[], None]
@@ -101,23 +108,37 @@ def mean_kl(samplers: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) ->
 def log_probability(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """log π and, without gradient, the full distribution's entropy of every sampled token, (sequence, token), nat.
 
-    0 outside the mask. Only sampled tokens pass the output head, a few rows at a time: on a CPU with a small policy
-    that takes under half the time of TRL's own pass over all completion tokens, made for large vocabularies.
+    0 outside the mask. Only sampled tokens pass the output head, and rows pass the model a few at a time, the short
+    ones together: on a CPU with a small policy that takes under half the time of TRL's own pass over all completion
+    tokens, made for large vocabularies, and one long episode does not set the memory of all.
     """
-    logprobs, entropies = [], []
-    width = inputs["mask"].size(1)
-    for start in range(0, len(inputs["input_ids"]), ROWS):
-        ids, attention, mask = (inputs[name][start : start + ROWS] for name in ("input_ids", "attention_mask", "mask"))
-        hidden = model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-        # What stands before a token predicts it.
-        chosen = torch.log_softmax(model.get_output_embeddings()(hidden[:, -width - 1 : -1][mask]).float(), dim=-1)
-        said = chosen.gather(1, ids[:, -width:][mask][:, None])[:, 0]
-        still = chosen.detach()
-        spread = -(still.exp() * still).sum(dim=1)
-        empty = torch.zeros(mask.shape, dtype=said.dtype)
-        logprobs.append(empty.masked_scatter(mask, said))
-        entropies.append(empty.masked_scatter(mask, spread))
-    return torch.cat(logprobs), torch.cat(entropies)
+    columns = [inputs[name] for name in ("input_ids", "attention_mask", "mask")]
+    order = torch.argsort(columns[1].sum(dim=1))
+    chunks = [_score(model, *(column[rows] for column in columns)) for rows in order.split(ROWS)]
+    back = torch.argsort(order)
+    logprobs, entropies = (torch.cat(column)[back] for column in zip(*chunks, strict=True))
+    return logprobs, entropies
+
+
+def _score(
+    model: Any, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_probability` of a few rows in one pass, without the columns that are padding in all of them."""
+    prompt = ids.size(1) - mask.size(1)
+    used = attention.any(dim=0).nonzero()
+    first, last = int(used[0]), max(int(used[-1]) + 1, prompt + 1)
+    hidden = model.base_model(
+        input_ids=ids[:, first:last], attention_mask=attention[:, first:last], use_cache=False
+    ).last_hidden_state
+    seen = mask[:, : last - prompt]
+    # What stands before a token predicts it.
+    before = hidden[:, prompt - first - 1 : -1][seen]
+    chosen = torch.log_softmax(model.get_output_embeddings()(before).float(), dim=-1)
+    said = chosen.gather(1, ids[:, prompt:last][seen][:, None])[:, 0]
+    still = chosen.detach()
+    spread = -(still.exp() * still).sum(dim=1)
+    empty = torch.zeros(mask.shape, dtype=said.dtype)
+    return empty.masked_scatter(mask, said), empty.masked_scatter(mask, spread)
 
 
 class LandscapeGRPOTrainer(GRPOTrainer):
@@ -130,6 +151,8 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         self._filler = int(options["processing_class"].eos_token_id)
         self._objective = make_objective(run.objective)
         self._base = base.requires_grad_(False).eval()
+        self._schedule = ReferenceSchedule(**run.reference.model_dump()) if run.reference else None
+        self._reference = copy.deepcopy(self._base) if self._schedule else self._base
         self._batch: TrainerBatch | None = None
         self._monitor: _Monitor | None = None
         self._of_batch: dict[str, float] = {}
@@ -208,7 +231,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
             feeds["generator"] = self._generator()
         if "reference_logprobs" in self._objective.needs:
             with torch.no_grad():
-                feeds["reference_logprobs"], _ = log_probability(self._base, joined)
+                feeds["reference_logprobs"], _ = log_probability(self._reference, joined)
         value = self._objective(**feeds)
         mask = joined["mask"]
         if "generator" in feeds:
@@ -251,16 +274,35 @@ class LandscapeGRPOTrainer(GRPOTrainer):
             "seconds": time.perf_counter() - self._clock,
         }
         self._hooks.metrics(step, record)
-        self._hooks.evaluate(step)
+        held_out = self._hooks.evaluate(step)
+        if self._schedule and (reason := self._schedule.reset_due(step, held_out)):
+            self._reference.load_state_dict(self.accelerator.unwrap_model(self.model).state_dict())
+            forget(self.optimizer)
+            self._hooks.reset(step, reason)
         self._clock = time.perf_counter()
 
     # States
+
+    def restore_reference(self, state: Path) -> None:
+        """Continue with the KL reference of a training state, and with what led to its next reset."""
+        if self._schedule:
+            saved = state / REFERENCE
+            self._schedule = ReferenceSchedule(**json.loads((saved / "schedule.json").read_text()))
+            self._reference.load_state_dict(load_file(saved / "model.safetensors"), strict=False)
+            self._reference.tie_weights()
+
+    def _save_reference(self, folder: Path) -> None:
+        if self._schedule:
+            saved = folder / REFERENCE
+            self._reference.save_pretrained(saved)
+            (saved / "schedule.json").write_text(json.dumps(asdict(self._schedule)))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         step = self.state.global_step
         root = Path(str(self.args.output_dir))
         folder = root / f"checkpoint-{step}"
+        self._save_reference(folder)
         for file in [*(item for item in folder.rglob("*") if item.is_file()), folder]:
             _sync(file)
         (folder / COMPLETE).touch()

@@ -16,7 +16,7 @@ landscape: setup  ## measure a real landscape on this machine and draw it (about
 	$(PYTHON) -m rlvr_landscape_plugin.sweep @ configs/sweep/quickstart.toml
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart
 
-reproduce: setup  ## the laptop's story: train with GRPO and GRPO-N, sweep, report (about half an hour)
+reproduce: setup  ## the laptop's story: train with GRPO and GRPO-N, sweep, report (about 40 minutes)
 	bash scripts/reproduce.sh $(PYTHON)
 
 figures: setup  ## draw the figures of outputs/quickstart again

@@ -13,7 +13,7 @@ step() { local started=$SECONDS; "$python" -m "$@"; echo "$((SECONDS - started))
 step rlvr_landscape_plugin.trl @ configs/train/laptop.toml
 step rlvr_landscape_plugin.trl @ configs/train/laptop.toml --output outputs/laptop_grpo_n --objective.name grpo_n
 step rlvr_landscape_plugin.sweep @ configs/sweep/laptop.toml
-step rlvr_landscape_analysis outputs/laptop_landscape --threshold 0.9
+step rlvr_landscape_analysis outputs/laptop_landscape --threshold 0.5
 step rlvr_landscape_analysis.trainer_log outputs/laptop outputs/laptop_grpo_n --out outputs/laptop_landscape/training
 
 report=outputs/laptop_landscape/report

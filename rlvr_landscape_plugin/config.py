@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -216,6 +217,8 @@ class ServerConfig(StrictConfig):
     """Seconds until a started server must answer."""
     request_timeout: float = Field(default=600, gt=0)
     """Seconds without a byte from the server until a request counts as failed."""
+    patience: float = Field(default=300, ge=0)
+    """Seconds without any of `urls` until a sweep gives up; a server that it launched itself is not waited for."""
     log: Path | None = None
     """Log of the local server; default: server.log in `output`."""
 
@@ -243,12 +246,32 @@ class SweepConfig(StrictConfig):
     """The inference servers."""
     save_traces: bool = False
     """Keep every conversation in verifiers' own trace format beside the points."""
+    shard: str | None = None
+    """`i/n`: measure only the i-th of n shares of every slice's points (i = 1 … n). All shards share `output`; the one
+    that finishes last writes the datasets."""
     dry_run: bool = False
     """Print the resolved configuration and the expected cost, then stop."""
 
+    @field_validator("shard")
+    @classmethod
+    def _shard(cls, text: str | None) -> str | None:
+        if text is not None:
+            match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+            if match is None or int(match[1]) > int(match[2]):
+                raise ValueError(f"shard = {text!r} is not i/n with 1 ≤ i ≤ n, such as '2/8'")
+        return text
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(i, n) of `shard`; (1, 1) without one."""
+        first, _, of = (self.shard or "1/1").partition("/")
+        return int(first), int(of)
+
     def provenance(self) -> dict[str, Any]:
         """What determines the numbers, JSON-able; `from_provenance` turns it back into a configuration."""
-        data = self.model_dump(mode="json", exclude={"output", "snapshots", "save_traces", "dry_run", "server"})
+        data = self.model_dump(
+            mode="json", exclude={"output", "snapshots", "save_traces", "shard", "dry_run", "server"}
+        )
         # A slice's own seed is part of its identity, the list of all of them is not.
         del data["slice"]["seeds"], data["slice"]["run"], data["env"]["max_concurrent"]
         # A slice of two plain random directions is named as before there were others: old journals continue.

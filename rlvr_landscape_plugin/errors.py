@@ -29,6 +29,10 @@ class ServerError(LandscapeError, RuntimeError):
     """A server that is missing, refuses, answers wrongly or died."""
 
 
+class ServerUnreachableError(ServerError):
+    """A server that does not answer, or stopped answering."""
+
+
 class StoreError(LandscapeError, RuntimeError):
     """A result directory that cannot be written, or that belongs to something else."""
 

@@ -15,6 +15,7 @@ never meet in one dataset. Nothing here deletes a measurement; files that cannot
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -25,7 +26,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -185,12 +186,15 @@ class Journal:
         try:
             stored = json.loads(path.read_text())
         except ValueError as error:
-            raise StoreError(f"{path} is not readable JSON ({error}); choose another output directory") from error
+            raise StoreError(
+                f"{path} is not readable JSON ({error}); move it away and run the same command again "
+                "(every file here says by itself which sweep it belongs to)"
+            ) from error
         if differences := _differences(stored, json.loads(json.dumps(asked))):
             listed = "\n".join(f"  {key}: {old!r} there, {new!r} asked for" for key, old, new in differences)
             raise StoreError(
-                f"{self.root} holds a sweep of another configuration; choose another output directory, or go back to:\n"
-                f"{listed}"
+                f"{self.root} holds a sweep of another configuration; choose another output directory, or go back to "
+                f"what its journal.json says:\n{listed}"
             )
 
     def _path(self, i: int, j: int) -> Path:
@@ -212,36 +216,29 @@ class Journal:
 
     def _readable(self, path: Path) -> bool:
         """Whether every value of a point can be read and belongs here; if not, the file is moved aside."""
+        self._base_digest()  # a damaged base batch is no reason to doubt a point
         try:
-            with path.open("rb"):
-                pass
+            reason = self._unfit(path, _contents(path))
         except FileNotFoundError:
             return False
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
-        try:
-            with xr.open_dataset(path, engine="netcdf4", decode_cf=False) as data:
-                reason = self._unfit(data.load())
-        except (OSError, ValueError, RuntimeError) as error:
+        except _DamagedError as error:
             reason = str(error)
-        if not reason:
-            return True
-        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
-        try:
-            os.replace(path, aside)
-        except FileNotFoundError:
-            return False
-        warnings.warn(f"{path} was moved to {aside.name} and will be measured again: {reason}", stacklevel=3)
-        return False
+        if reason:
+            _move_aside(path, reason)
+        return not reason
 
-    def _unfit(self, point: xr.Dataset) -> str:
+    def _unfit(self, path: Path, point: xr.Dataset) -> str:
         """Why a point's file is not one of this journal; empty if it is."""
         if point.attrs.get("identity") != digest(self.identity):
             return "it is not a point of this sweep"
+        if point.attrs.get("file", path.name) != path.name:
+            return f"it is {point.attrs['file']} under another name"
+        return self._other_base(point) or _wrong_shape(point, (FULL, POINT))
+
+    def _other_base(self, scored: xr.Dataset) -> str:
         base = self._base_digest()
-        if base is not None and point.attrs.get("base_sha256") != base:
-            return "it was scored against another base batch"
-        return _wrong_shape(point, (FULL, POINT))
+        other = base is not None and scored.attrs.get("base_sha256") != base
+        return "it was scored against another base batch" if other else ""
 
     def _base_digest(self) -> str | None:
         if self._base_sha256 is None and (base := self.read_base()) is not None:
@@ -261,15 +258,53 @@ class Journal:
 
     def read_base(self) -> xr.Dataset | None:
         """The checkpoint's own batch, or None."""
-        return self._read(self.root / "base.nc")
+        base = self._read(self.root / "base.nc")
+        if base is not None and base.attrs.get("identity", digest(self.identity)) != digest(self.identity):
+            raise StoreError(f"{self.root / 'base.nc'} is the base batch of another sweep; move it away")
+        return base
 
     def write_recheck(self, recheck: xr.Dataset) -> None:
         """Keep the last look at the origin."""
-        self._write(self.root / "recheck.nc", recheck)
+        self._write(self.root / "recheck.nc", recheck.assign_attrs(base_sha256=self._base_digest() or ""))
 
     def read_recheck(self) -> xr.Dataset | None:
-        """The last look at the origin, or None."""
-        return self._read(self.root / "recheck.nc")
+        """The last look at the origin, or None. A damaged one, or one at another base batch, is moved aside."""
+        path = self.root / "recheck.nc"
+        try:
+            recheck = _contents(path)
+            reason = "base_sha256" in recheck.attrs and self._other_base(recheck)
+        except FileNotFoundError:
+            return None
+        except _DamagedError as error:
+            recheck, reason = None, str(error)
+        if not reason:
+            return recheck
+        _move_aside(path, reason)
+        return None
+
+    def write_facts(self, name: str, facts: list[dict[str, Any]]) -> None:
+        """Write down, as JSON file `name`, what the servers of this process said about themselves."""
+        content = {"servers": facts, "sha256": digest(facts)}
+        replace_text(self.root / name, [json.dumps(content, indent=1, sort_keys=True)])
+
+    def read_facts(self, name: str) -> list[dict[str, Any]] | None:
+        """What `write_facts` wrote, or None. A damaged file is moved aside."""
+        path = self.root / name
+        try:
+            content = json.loads(path.read_text())
+            if isinstance(content, list):  # written without a checksum
+                return content
+            if digest(content["servers"]) == content["sha256"]:
+                return content["servers"]
+            reason = "its content is not what its checksum says"
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        _move_aside(path, reason)
+        return None
 
     def write_point(self, i: int, j: int, point: xr.Dataset) -> None:
         """Keep a finished point, dims (prompt, rollout) and per-point scalars; an existing one stays.
@@ -282,10 +317,13 @@ class Journal:
             raise StoreError(f"point ({i}, {j}) has variables that the schema does not know: {', '.join(unknown)}")
         if problem := _wrong_shape(point, (FULL, POINT)):
             raise StoreError(f"point ({i}, {j}): {problem}")
-        marks = {"identity": digest(self.identity)}
+        path = self._path(i, j)
+        if path.exists():
+            self._readable(path)  # so that an unfit one does not stay
+        marks = {"file": path.name}
         if base := self._base_digest():
             marks["base_sha256"] = base
-        self._write(self._path(i, j), point.assign_attrs(marks))
+        self._write(path, point.assign_attrs(marks))
 
     def read_point(self, i: int, j: int) -> xr.Dataset:
         """A finished point."""
@@ -295,19 +333,19 @@ class Journal:
         return found
 
     def _read(self, path: Path) -> xr.Dataset | None:
-        if not path.exists():
-            return None
         try:
-            with xr.open_dataset(path, engine="netcdf4", decode_cf=False) as data:
-                return data.load()
-        except (OSError, ValueError, RuntimeError) as error:
+            return _contents(path)
+        except FileNotFoundError:
+            return None
+        except _DamagedError as error:
             raise StoreError(
                 f"{path} is damaged: {error}; move it away and run the same command again "
                 "(points that were scored against a lost base batch are then measured again)"
             ) from error
 
     def _write(self, path: Path, data: xr.Dataset) -> None:
-        # With checksums, so that reading a point finds a flipped bit.
+        data = data.assign_attrs(identity=digest(self.identity))
+        data = data.assign_attrs(sha256=_checksum(data))
         stored = {"zlib": True, "complevel": 1, "fletcher32": True}
         encoding = {name: stored for name in data.data_vars if data[name].size > 1}
         self._publish(
@@ -330,7 +368,8 @@ class Journal:
                         os.rename(scratch, path)
                 _sync(path.parent)
         finally:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only disk would hide the first error
+                scratch.unlink(missing_ok=True)
 
     def consolidate(self, out: Path, attributes: Mapping[str, Any], notes: Annotations | None = None) -> Path:
         """Write the dataset of all points to `out`, dims (alpha, beta, prompt, rollout), one point in memory at a time.
@@ -434,6 +473,65 @@ class _Disk:
         ) from error
 
 
+def replace_text(path: Path, parts: Iterable[str]) -> None:
+    """Write `parts` under a temporary name and rename it to `path`. Raises `StoreError` for a disk that refuses."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _Disk(path):
+            path.parent.mkdir(exist_ok=True)
+            with scratch.open("w") as sink:
+                sink.writelines(parts)
+            os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+class _DamagedError(Exception):
+    """A file whose content is not what was written."""
+
+
+def _contents(path: Path) -> xr.Dataset:
+    """A netCDF file of the journal, undecoded and in memory.
+
+    Raises `FileNotFoundError`, `_DamagedError` for its content, `StoreError` where the system does not let it be read.
+    """
+    import netCDF4
+    from xarray.backends import NetCDF4DataStore
+
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
+    try:
+        # From memory: whatever is wrong from here on is the content, not a disk or a lack of file handles.
+        with netCDF4.Dataset(path.name, memory=raw) as file:
+            data = xr.open_dataset(NetCDF4DataStore(file), decode_cf=False).load()
+        whole = data.attrs.get("sha256", "") in ("", _checksum(data))
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # HDF5 and xarray stumble over damage in many ways
+        if isinstance(error, OSError) and (error.errno or 0) > 0:  # netCDF's own numbers are negative
+            raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
+        raise _DamagedError(f"{type(error).__name__}: {error}") from error
+    if not whole:
+        raise _DamagedError("its content is not what its checksum says")
+    return data
+
+
+def _move_aside(path: Path, reason: str) -> None:
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
+    try:
+        os.replace(path, aside)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"{path} is of no use ({reason}) and cannot be moved aside: {error}") from error
+    warnings.warn(f"{path} was moved to {aside.name} and will be measured again: {reason}", stacklevel=4)
+
+
 def _wrong_shape(data: xr.Dataset, families: tuple[tuple[str, ...], ...], skip: str = "\0") -> str:
     """What in a file of points or of the base batch breaks `SCHEMA`; empty if nothing does."""
     sizes = {dim: data.sizes.get(dim, 0) for dim in CELL}
@@ -464,6 +562,12 @@ def _content_digest(data: xr.Dataset) -> str:
         total.update(f"{name}{data[name].dims}{values.shape}{values.dtype.str}".encode())
         total.update(values.tobytes())
     return total.hexdigest()
+
+
+def _checksum(data: xr.Dataset) -> str:
+    """SHA-256 over values and attributes but the one that holds it."""
+    attributes = {name: str(value) for name, value in data.attrs.items() if name != "sha256"}
+    return digest([_content_digest(data), attributes])
 
 
 def _remove_stale(root: Path) -> None:

@@ -2,13 +2,15 @@
 
 For each snapshot and slice: roll the checkpoint's own batch at the origin, then for every grid point move, roll out,
 score and journal; at the end one netCDF per snapshot and slice. The state of a sweep is the set of files under
-`output`: the same command continues where an earlier one stopped, and several servers share one queue of points.
+`output`: the same command continues where an earlier one stopped, several servers share one queue of points, and
+several processes (`--shard i/n`) share one `output`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -16,8 +18,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlvr_landscape_plugin.config import SweepConfig, dry_run_report, load_config
+from rlvr_landscape_plugin.crew import Cell, Crew, PointQueue
 from rlvr_landscape_plugin.directions import (
     AXES,
     GENERATOR,
@@ -35,9 +38,9 @@ from rlvr_landscape_plugin.directions import (
     fingerprint,
     prepare_slice,
 )
-from rlvr_landscape_plugin.errors import ConfigurationError, ServerError, run_cli
+from rlvr_landscape_plugin.errors import ConfigurationError, ServerError, ServerUnreachableError, StoreError, run_cli
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
-from rlvr_landscape_plugin.store import Annotations, Journal
+from rlvr_landscape_plugin.store import Annotations, Journal, replace_text
 
 if TYPE_CHECKING:
     from rlvr_landscape_plugin.episodes import Rollout
@@ -48,6 +51,12 @@ logger = logging.getLogger("rlvr_landscape.sweep")
 
 DIRECTIONS = "directions"
 """Directory under `output` for the directions that servers do not draw themselves."""
+REFUSALS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+"""What an operating system says when it is the machine that lacks something."""
+LOADED = ("parameters", "moving_parameters", "seconds", "move_path", "move_path_reason", "directions_memory")
+"""What a dataset keeps of a server's answer to loading the slice."""
+ABSENT_SECONDS = 30.0
+"""How long a server that is no longer in the slice may take to show its weights at the end."""
 VERIFIER = "verifier"
 """`reward_mode` of a taskset that pays what its verifier says."""
 
@@ -57,8 +66,16 @@ class Server:
     """A server in use: its client and what it said about itself."""
 
     client: LandscapeClient
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Empty until it first answered."""
     log: Path | None = None
+    present: bool = False
+    """Whether it stands in the present slice (`crew.Member`)."""
+    meter: PointMeter | None = None
+    origin: list[dict[str, str]] | None = None
+    """Checksums of its weights at the origin of the present slice."""
+    points: int = 0
+    """Points of the present slice that it measured."""
 
 
 class Display:
@@ -93,7 +110,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def open(self, label: str, done: int, total: int, episodes_per_point: int, extra: int) -> None:
         """A new slice: `done` of `total` points exist, `extra` episodes come on top (the base batch)."""
@@ -132,6 +149,12 @@ def grid_order(alphas: np.ndarray, betas: np.ndarray) -> list[tuple[int, int]]:
     return sorted(cells, key=lambda cell: (alphas[cell[0]] ** 2 + betas[cell[1]] ** 2, cell))
 
 
+def shard_cells(alphas: np.ndarray, betas: np.ndarray, share: tuple[int, int]) -> list[tuple[int, int]]:
+    """The i-th of n shares of the grid, (i, n) = `share`: every n-th point of `grid_order`."""
+    index, count = share
+    return grid_order(alphas, betas)[index - 1 :: count]
+
+
 def slice_name(step: int, seed: int) -> str:
     """Name of the directory, and of the dataset, of one snapshot and slice."""
     return f"step{step:06d}_slice{seed}"
@@ -157,14 +180,21 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     if open_plans:
         chat = ChatFormat(snapshots[0].path)
         display.say(
-            f"starting: {sum(plan.missing for plan in open_plans)} points in {len(open_plans)} slices to measure"
+            f"starting: {sum(len(plan.missing) for plan in open_plans)} points in {len(open_plans)} slices to measure"
         )
+
+        def meter(server: Server) -> PointMeter:
+            return _meter(config, server, env, tasks, chat)
+
         async with _servers(config, open_plans[0].snapshot, snapshots, display) as servers:
-            meters = [_meter(config, server, env, tasks, chat) for server in servers]
+            crew = Crew(servers, config.server.patience if config.server.urls else 0.0, display.say)
             for plan in open_plans:
-                await _measure(config, plan, servers, meters, display)
+                await _measure(config, plan, crew, meter, display)
     paths = []
     for plan in plans:
+        if waiting := plan.others:
+            display.say(f"{plan.dataset.name} is left to the shard that finishes last: {waiting}")
+            continue
         paths.append(plan.journal.consolidate(plan.dataset, _attributes(config, plan), _annotations(plan)))
         display.say(f"dataset {paths[-1]}")
     return paths
@@ -187,20 +217,45 @@ class Plan:
     reward_mode: str
     """What the taskset pays: the verifier's score, or a control."""
 
-    @property
-    def missing(self) -> int:
-        """Points still to measure."""
-        return self.journal.status()[1] - len(self.journal.done())
+    share: tuple[int, int]
+    """(i, n): this process measures the i-th of n shares of the points."""
 
     @property
-    def facts(self) -> Path:
-        """What the servers said about themselves, one JSON file."""
-        return self.journal.root / "server.json"
+    def missing(self) -> list[Cell]:
+        """Points of this process still to measure, in their order."""
+        # Without the base batch that they were scored against, points may be of no use.
+        done = self.journal.done() if self.journal.read_base() is not None else set()
+        return [cell for cell in shard_cells(self.journal.alphas, self.journal.betas, self.share) if cell not in done]
+
+    @property
+    def facts(self) -> list[str]:
+        """Files with what the servers of each share said about themselves, in the order of the shares."""
+        count = self.share[1]
+        return ["server.json"] if count == 1 else [f"server_{i + 1}of{count}.json" for i in range(count)]
+
+    @property
+    def own_facts(self) -> str:
+        """The one of this process; written when its share is measured and checked."""
+        return self.facts[self.share[0] - 1]
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to measure, the second look at the origin included."""
-        return not self.missing and self.facts.is_file() and self.journal.read_recheck() is not None
+        """Whether nothing is left for this process to do, the second look at the origin included."""
+        if self.missing or self.journal.read_facts(self.own_facts) is None:
+            return False
+        done, total = self.journal.status()
+        return done < total or self.journal.read_recheck() is not None
+
+    @property
+    def others(self) -> str:
+        """What other shards still owe, in words; empty when the dataset can be written."""
+        done, total = self.journal.status()
+        if self.share[1] == 1 or self.dataset.exists():
+            return ""
+        if done < total:
+            return f"{total - done} of {total} points are not measured yet"
+        absent = [name for name in self.facts if self.journal.read_facts(name) is None]
+        return f"no {', '.join(absent)} yet" if absent else ""
 
 
 def _snapshots(config: SweepConfig) -> list[Snapshot]:
@@ -255,7 +310,7 @@ def _plan(config: SweepConfig, trajectory: Trajectory, seed: int, prompts: str, 
     dataset = root / f"landscape_{name}.nc"
     # Asked for before anything is measured, so that a damaged snapshot 0 is known before the hours, not after.
     far = trajectory.displacement if not dataset.exists() else Displacement(math.nan, math.nan, "")
-    return Plan(snapshot, spec, journal, dataset, identity, files, words, far, reward_mode)
+    return Plan(snapshot, spec, journal, dataset, identity, files, words, far, reward_mode, config.share)
 
 
 @contextlib.asynccontextmanager
@@ -271,19 +326,34 @@ async def _servers(
         urls, log = list(config.server.urls), None
         token = config.server.token or os.environ.get(TOKEN_VARIABLE, "")
         if not urls:
-            log = Path(config.server.log or Path(config.output) / "server.log")
+            name = "server.log" if config.shard is None else "server_{}of{}.log".format(*config.share)
+            log = Path(config.server.log or Path(config.output) / name)
             display.say(f"starting a vLLM server for {first.path.name} (log: {log})")
             roots = [*sorted({snapshot.path for snapshot in snapshots}), Path(config.output).resolve() / DIRECTIONS]
             local = await stack.enter_async_context(local_server(config.server, first.path, roots, log))
             urls, token = [local.url], local.token
         elif not token:
             raise ServerError(f"server.urls needs the servers' token: set server.token or {TOKEN_VARIABLE}")
-        servers = []
+        servers, absent = [], []
         for url in urls:
             client = LandscapeClient(url, token, timeout=config.server.request_timeout, sampling=sampling)
             await stack.enter_async_context(client)
-            servers.append(Server(client, await client.info(), log))
+            servers.append(Server(client, log=log))
+            try:
+                servers[-1].facts = _lasting(await client.info())
+            except ServerUnreachableError as error:
+                absent.append(error)
+        if len(absent) == len(servers):
+            raise absent[0]
+        for error in absent:
+            display.say(f"{error}; starting without it, it may join later")
         yield servers
+
+
+def _lasting(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a dataset keeps of a server's facts: not where its weights stand now, nor where its files lie."""
+    kept = {key: value for key, value in facts.items() if key not in ("at", "loaded", "state", "version")}
+    return kept | {"model": Path(str(facts["model"])).name}
 
 
 def _meter(config: SweepConfig, server: Server, env: Any, tasks: Sequence[Any], chat: Any) -> PointMeter:
@@ -303,90 +373,149 @@ def _meter(config: SweepConfig, server: Server, env: Any, tasks: Sequence[Any], 
 
 
 async def _measure(
-    config: SweepConfig, plan: Plan, servers: list[Server], meters: list[PointMeter], display: Display
+    config: SweepConfig, plan: Plan, crew: Crew[Server], meter: Callable[[Server], PointMeter], display: Display
 ) -> None:
-    from rlvr_landscape_plugin.measure import BaseBatch
+    """Measure this process's share of a slice and check that the weights came back to where they were."""
+    label = slice_name(plan.snapshot.step, plan.spec.seed)
+    if plan.files:
+        display.say(f"{label}: alpha {plan.words['alpha']} | beta {plan.words['beta']}")
+    missing = plan.missing
+    total = len(shard_cells(plan.journal.alphas, plan.journal.betas, plan.share))
+    episodes = config.env.num_prompts * config.env.rollouts
+    display.open(
+        label, total - len(missing), total, episodes, episodes if missing and plan.journal.read_base() is None else 0
+    )
+    for server in crew.servers:
+        server.points, server.origin = 0, None
+    job = _SliceJob(plan, meter, display)
+    with _explained(crew.servers):
+        await crew.work(PointQueue(missing), job)
+        await job.conclude(crew.servers)
 
-    journal = plan.journal
-    with _explained(servers):
-        origins = [await _enter(server, plan) for server in servers]
-        stored = journal.read_base()
-        episodes = config.env.num_prompts * config.env.rollouts
-        done, total = journal.status()
-        label = slice_name(plan.snapshot.step, plan.spec.seed)
-        if plan.files:
-            display.say(f"{label}: alpha {plan.words['alpha']} | beta {plan.words['beta']}")
-        display.open(label, done, total, episodes, episodes if stored is None else 0)
-        if stored is None:
-            batch = (await meters[0].base(display.episode)).to_dataset()
-            stored = journal.write_base(batch.assign_attrs(server_dtype=servers[0].facts["dtype"]))
-        for server in servers:
+
+class _SliceJob:
+    """One slice as the servers of a crew work on it (`crew.Job`)."""
+
+    def __init__(self, plan: Plan, meter: Callable[[Server], PointMeter], display: Display) -> None:
+        self._plan, self._journal, self._meter, self._display = plan, plan.journal, meter, display
+        self._base: BaseBatch | None = None
+        self._first = asyncio.Lock()
+
+    async def enter(self, server: Server) -> None:
+        """Bring a server to the origin of the slice; the checkpoint's own batch exists afterwards."""
+        plan, client = self._plan, server.client
+        server.facts |= _lasting(await client.info())
+        server.meter = server.meter or self._meter(server)
+        facts = await client.load(
+            str(plan.snapshot.path), plan.spec.as_dict(), {axis: str(path) for axis, path in plan.files.items()}
+        )
+        for key in ("snapshot_sha256", "directions_fingerprint"):
+            if facts[key] != plan.identity[key]:
+                raise ServerError(
+                    f"{client.url} has another {key} for {plan.snapshot.path}: {facts[key]} there, "
+                    f"{plan.identity[key]} here; both sides must read the same files with the same NumPy"
+                )
+        server.facts |= {key: facts[key] for key in LOADED}
+        await client.move(0.0, 0.0)
+        origin = await client.checksums()
+        await self.check_standing(server, 0.0, 0.0)
+        if server.origin is not None and server.origin != origin:
+            raise ServerError(f"{client.url} came back with other weights at the origin than it had before")
+        server.origin = origin
+        await self._base_batch(server)
+
+    async def check_standing(self, server: Server, alpha: float, beta: float) -> None:
+        """Raise unless the server stands where this sweep last moved it, in this snapshot and slice.
+
+        A move names coordinates only, and another client may have loaded another slice just before it.
+        """
+        facts = await server.client.info()
+        loaded = facts["loaded"] or {}
+        ours = all(loaded.get(key) == self._plan.identity[key] for key in ("snapshot_sha256", "directions_fingerprint"))
+        if not ours or (facts["version"], facts["at"]) != (server.client.version, [alpha, beta]):
+            raise ServerError(
+                f"{server.client.url} no longer holds the weights of this sweep: another client moved it to weight "
+                f"version {facts['version']}; exactly one sweep may use a server at a time"
+            )
+
+    async def _base_batch(self, server: Server) -> BaseBatch:
+        """The checkpoint's own batch: the stored one, else measured by the first server that gets here."""
+        from rlvr_landscape_plugin.measure import BaseBatch
+
+        assert server.meter is not None
+        async with self._first:
+            stored = self._journal.read_base()
+            if stored is None:
+                batch = (await server.meter.base(self._display.episode)).to_dataset()
+                await self.check_standing(server, 0.0, 0.0)
+                stored = self._journal.write_base(batch.assign_attrs(server_dtype=server.facts["dtype"]))
             if server.facts["dtype"] != stored.attrs["server_dtype"]:
                 raise ServerError(
-                    f"{server.client.url} holds weights in {server.facts['dtype']}, the points in {journal.root} were "
-                    f"measured in {stored.attrs['server_dtype']}; set server.dtype accordingly"
+                    f"{server.client.url} holds weights in {server.facts['dtype']}, the points in {self._journal.root} "
+                    f"were measured in {stored.attrs['server_dtype']}; set server.dtype accordingly"
                 )
-        base = BaseBatch.from_dataset(stored)
-        await _points(plan, base, meters, display)
-        if journal.read_recheck() is None:
-            from rlvr_landscape_plugin.measure import rescored_dataset
+            self._base = self._base or BaseBatch.from_dataset(stored)
+            return self._base
 
-            await meters[0].client.move(0.0, 0.0)
-            journal.write_recheck(await rescored_dataset(meters[0].client, base))
-        for server, before in zip(servers, origins, strict=True):
-            await server.client.move(0.0, 0.0)
-            if await server.client.checksums() != before:
-                raise ServerError(
-                    f"{server.client.url}: the weights at the origin are not bit-identical to those before the sweep; "
-                    "do not trust the points of this slice"
-                )
-        _write_json(plan.facts, [server.facts for server in servers])
+    async def measure(self, server: Server, cell: Cell, wanted: Callable[[], bool]) -> None:
+        """Measure a point and journal it, unless another server was first."""
+        assert server.meter is not None
+        assert self._base is not None
+        i, j = cell
+        alpha, beta = float(self._journal.alphas[i]), float(self._journal.betas[j])
+        data, batch = await server.meter.point(self._base, alpha, beta, self._display.episode)
+        await self.check_standing(server, alpha, beta)
+        if not wanted():
+            return
+        if server.meter.runner.keep_traces:
+            _write_traces(self._journal.root / "traces" / f"a{i:03d}_b{j:03d}.jsonl", batch)
+        self._journal.write_point(i, j, data)
+        server.points += 1
+        seconds = sum(float(data[f"seconds_{part}"]) for part in ("move", "sample", "score"))
+        self._display.point(alpha, beta, float(data["reward"].mean()), float(data["kl_k1"].mean()), seconds)
 
+    async def conclude(self, servers: Sequence[Server]) -> None:
+        """After the last point: look at the origin again, compare the weights there, write down who measured."""
+        from rlvr_landscape_plugin.measure import rescored_dataset
 
-async def _enter(server: Server, plan: Plan) -> list[dict[str, str]]:
-    """Bring a server to the origin of a slice; returns its weights' checksums there."""
-    files = {axis: str(path) for axis, path in plan.files.items()}
-    facts = await server.client.load(str(plan.snapshot.path), plan.spec.as_dict(), files)
-    for key in ("snapshot_sha256", "directions_fingerprint"):
-        if facts[key] != plan.identity[key]:
+        present = [server for server in servers if server.present]
+        if not present:
+            await self.enter(servers[0])
+            servers[0].present = True
+            present = [servers[0]]
+        done, total = self._journal.status()
+        if done == total and self._journal.read_recheck() is None:
+            await present[0].client.move(0.0, 0.0)
+            base = await self._base_batch(present[0])
+            recheck = await rescored_dataset(present[0].client, base)
+            await self.check_standing(present[0], 0.0, 0.0)
+            self._journal.write_recheck(recheck)
+        used = [server for server in servers if server.present or server.points]
+        for server in used:
+            checked = await self._came_back(server)
+            server.facts |= {"points": server.points, "origin_checked_after": checked}
+            if not checked:
+                self._display.say(f"{server.client.url} left before the end; its weights were not compared again")
+        self._journal.write_facts(self._plan.own_facts, [server.facts for server in used])
+
+    async def _came_back(self, server: Server) -> bool:
+        """Whether the weights at the origin could be compared with those before; raises if they differ."""
+        try:
+            # One that is no longer present may be stopped for good; the others have a right to their time.
+            async with asyncio.timeout(None if server.present else ABSENT_SECONDS):
+                await server.client.move(0.0, 0.0)
+                weights = await server.client.checksums()
+                await self.check_standing(server, 0.0, 0.0)
+        except (ServerError, TimeoutError):
+            if server.present:
+                raise
+            return False
+        if weights != server.origin:
             raise ServerError(
-                f"{server.client.url} has another {key} for {plan.snapshot.path}: {facts[key]} there, "
-                f"{plan.identity[key]} here; both sides must read the same files with the same NumPy"
+                f"{server.client.url}: the weights at the origin are not bit-identical to those before the sweep; "
+                "do not trust the points of this slice"
             )
-    server.facts |= {key: facts[key] for key in ("parameters", "moving_parameters", "seconds")}
-    await server.client.move(0.0, 0.0)
-    return await server.client.checksums()
-
-
-async def _points(plan: Plan, base: BaseBatch, meters: list[PointMeter], display: Display) -> None:
-    journal = plan.journal
-    alphas, betas = journal.alphas, journal.betas
-    done = journal.done()
-    queue: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
-    for cell in grid_order(alphas, betas):
-        if cell not in done:
-            queue.put_nowait(cell)
-
-    async def work(meter: PointMeter) -> None:
-        while not queue.empty():
-            i, j = queue.get_nowait()
-            data, batch = await meter.point(base, float(alphas[i]), float(betas[j]), display.episode)
-            if meter.runner.keep_traces:
-                _write_traces(journal.root / "traces" / f"a{i:03d}_b{j:03d}.jsonl", batch)
-            journal.write_point(i, j, data)
-            seconds = sum(float(data[f"seconds_{part}"]) for part in ("move", "sample", "score"))
-            display.point(
-                float(alphas[i]), float(betas[j]), float(data["reward"].mean()), float(data["kl_k1"].mean()), seconds
-            )
-
-    from rlvr_landscape_plugin.serving.client import first_error
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for meter in meters:
-                group.create_task(work(meter))
-    except* ServerError as failures:
-        raise first_error(failures) from None
+        return True
 
 
 @contextlib.contextmanager
@@ -402,26 +531,14 @@ def _explained(servers: Sequence[Server]) -> Iterator[None]:
         raise ServerError("\n".join([f"{error}; {hint}", *(tail(log) for log in logs)])) from error
 
 
-def _write_json(path: Path, content: Any) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(content, indent=1, sort_keys=True))
-    os.replace(scratch, path)
-
-
 def _write_traces(path: Path, batch: Sequence[Sequence[Rollout]]) -> None:
     """Traces of one point in verifiers' own record format, one JSON object per line."""
-    path.parent.mkdir(exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with scratch.open("w") as sink:
-        for row in batch:
-            for rollout in row:
-                if rollout.trace is not None:
-                    sink.write(json.dumps(rollout.trace.to_record()) + "\n")
-    os.replace(scratch, path)
+    traces = (rollout.trace for row in batch for rollout in row if rollout.trace is not None)
+    replace_text(path, (json.dumps(trace.to_record()) + "\n" for trace in traces))
 
 
 def _attributes(config: SweepConfig, plan: Plan) -> dict[str, Any]:
-    facts = json.loads(plan.facts.read_text())
+    facts = [server for name in plan.facts for server in plan.journal.read_facts(name) or ()]
     control = {} if plan.reward_mode == VERIFIER else {"reward_mode": plan.reward_mode}
     paid = f", {plan.reward_mode} reward" if control else ""
     return {
@@ -488,8 +605,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.dry_run:
             print(dry_run_report(config))
             return
-        with Display() as display:
-            asyncio.run(run_sweep(config, display))
+        try:
+            with Display() as display:
+                asyncio.run(run_sweep(config, display))
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            raise StoreError(
+                f"the operating system refused: {error}; finished points are kept, the same command continues"
+            ) from error
 
     return run_cli(run)
 

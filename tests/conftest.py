@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rlvr_landscape_plugin.config import ServerConfig
+from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
 from rlvr_landscape_plugin.snapshot import SHIPPED
 
@@ -68,6 +69,25 @@ def server(playground: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     held.close()
 
 
+@pytest.fixture(scope="session")
+def second_server(server: LocalServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """Another server with the shipped policy and the same token, warm: a first load takes longer than a small sweep."""
+    log = tmp_path_factory.mktemp("second") / "server.log"
+    with pytest.MonkeyPatch.context() as patch:
+        # vLLM binds every server of a machine to the same cores, where two of them starve each other.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", str(max(os.sched_getaffinity(0))))
+        held = ServerThread(ServerConfig(token=server.token), POLICY, [POLICY], log)
+
+    async def warm_up() -> None:
+        async with LandscapeClient(held.server.url, held.server.token) as client:
+            await client.load(str(POLICY), {"seed": 0})
+            await client.move(0.0, 0.0)
+
+    asyncio.run(warm_up())
+    yield held.server
+    held.close()
+
+
 @pytest.fixture
 def sweep(tmp_path: Path, server: LocalServer) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the sweep's command line against the session's server: `sweep("--seed", "1")`."""
@@ -101,9 +121,9 @@ max_tokens = 64
 
 
 def start_sweep(
-    output: Path, server: LocalServer | None, *arguments: str, token: str | None = None
+    output: Path, server: LocalServer | None, *arguments: str, token: str | None = None, module: str = "sweep"
 ) -> subprocess.Popen[str]:
-    """Start the command a user types; `server` None lets the sweep launch its own."""
+    """Start the command a user types; `server` None lets the sweep launch its own. A lost server is not waited for."""
     output.parent.mkdir(parents=True, exist_ok=True)
     config = output.parent / "sweep.toml"
     config.write_text(SMALL)
@@ -111,10 +131,10 @@ def start_sweep(
     given: list[str] = []
     if server is not None:
         env["RLVR_LANDSCAPE_TOKEN"] = server.token if token is None else token
-        given = ["--server.urls", f'["{server.url}"]']
+        given = ["--server.urls", f'["{server.url}"]', "--server.patience", "0"]
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "rlvr_landscape_plugin.sweep", "@", str(config), "--output", str(output)),
+            *(sys.executable, "-m", f"rlvr_landscape_plugin.{module}", "@", str(config), "--output", str(output)),
             *given,
             *arguments,
         ],

@@ -242,12 +242,55 @@ def test_points_of_another_base_batch_are_not_mixed_in(journal):
     (journal.root / "base.nc").unlink()
     again = journal_at(journal.root)
     again.write_base(base_batch(seed=1))
-    again.write_point(0, 0, point(0, 0))
     with pytest.warns(UserWarning, match="another base batch"):
-        assert again.done() == set()
+        again.write_point(0, 0, point(0, 0))
+    with pytest.warns(UserWarning, match=r"recheck\.nc was moved .* another base batch"):
+        assert again.read_recheck() is None
+    with pytest.warns(UserWarning, match="another base batch"):
+        assert again.done() == {(0, 0)}
     (journal.root / "base.nc").write_bytes(b"")
     with pytest.raises(StoreError, match=r"base\.nc is damaged"):
         journal_at(journal.root).read_base()
+
+
+def test_a_damaged_base_batch_costs_no_point(journal):
+    (journal.root / "base.nc").write_bytes(b"\0" * 100)
+    again = journal_at(journal.root)
+    with pytest.raises(StoreError, match=r"base\.nc is damaged"):
+        again.done()
+    assert again.status() == (12, 12)
+    assert not list(journal.root.rglob("*.corrupt"))
+
+
+def test_a_point_under_the_name_of_another_is_moved_aside(journal):
+    points = journal.root / "points"
+    shutil.copy(points / "a000_b001.nc", points / "a001_b002.nc")
+    with pytest.warns(UserWarning, match=r"it is a000_b001\.nc under another name"):
+        assert (1, 2) not in journal.done()
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"servers": [{"points": 13}], "sha256": "0"}', "null"])
+def test_a_damaged_recheck_or_list_of_servers_is_moved_aside(journal, content):
+    journal.write_facts("server.json", [{"points": 12}])
+    assert journal.read_facts("server.json") == [{"points": 12}]
+    for name in ("server.json", "recheck.nc"):
+        (journal.root / name).write_text(content)
+    with pytest.warns(UserWarning, match="will be measured again"):
+        assert journal.read_facts("server.json") is None
+    with pytest.warns(UserWarning, match="will be measured again"):
+        assert journal.read_recheck() is None
+    assert len(list(journal.root.glob("*.corrupt"))) == 2
+
+
+def test_a_read_only_disk_is_named_though_nothing_can_be_tidied_up(journal, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    (journal.root / "points" / "a000_b001.nc").unlink()
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StoreError, match="Read-only file system; finished points are safe"):
+        journal.write_point(0, 1, point(0, 1))
 
 
 def test_an_unreadable_file_is_not_called_corrupt(journal, monkeypatch):

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import reference
 import xarray as xr
-from conftest import POLICY, ROOT, TASKSET, ServerThread, start_sweep
+from conftest import POLICY, ROOT, TASKSET, start_sweep
 from rlvr_alphabet_sort.rules import episode_reward
 
-from rlvr_landscape_plugin.config import ServerConfig, SweepConfig
+from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
 from rlvr_landscape_plugin.episodes import load_tasks, open_environment, prompts_hash
 from rlvr_landscape_plugin.measure import BaseBatch
@@ -32,6 +32,11 @@ from rlvr_landscape_plugin.sweep import grid_order
 matplotlib.use("Agg")
 pytestmark = pytest.mark.server
 NAME = "step000000_slice0"
+
+
+def urls(*addresses: str) -> str:
+    """The value of `--server.urls`."""
+    return json.dumps(addresses)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +230,7 @@ def test_ctrl_c_stops_cleanly(server, tmp_path):
         (["--snapshots", '["tiny-sorter", "tiny-sorter"]'], "both say step 0"),
         (["--server.urls", '["http://127.0.0.1:9"]'], "connection failed"),
         (["--output", "/proc/nothing"], "cannot write /proc/nothing"),
+        (["--shard", "3/2"], "is not i/n with 1 ≤ i ≤ n"),
     ],
 )
 def test_mistakes_get_a_message_and_no_traceback(sweep, arguments, message):
@@ -352,11 +358,13 @@ def test_dry_run_needs_nothing(tmp_path):
 class CuttingProxy:
     """Forwards TCP to a server and, at the n-th request of one route, cuts every connection and listens no more."""
 
-    def __init__(self, target: int, route: str, cut_at: int) -> None:
+    def __init__(self, target: int, route: str, cut_at: int, port: int = 0) -> None:
+        """`cut_at` 0: never."""
         self._target, self._mark, self._left = target, f"POST /landscape/{route} ".encode(), cut_at
+        self.was_cut = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._writers: list[asyncio.StreamWriter] = []
-        self._listener = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self._listener = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", port))
         self.port = self._listener.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -376,6 +384,7 @@ class CuttingProxy:
                     self._listener.close()
                     for open_writer in self._writers:
                         open_writer.transport.abort()
+                    self.was_cut.set()
                     return
             writer.write(data)
             await writer.drain()
@@ -407,18 +416,94 @@ def test_a_connection_lost_at_any_stage_is_reported_and_the_sweep_continues(serv
         assert float((final.reward != data.reward).mean()) < 0.02
 
 
-def test_two_servers_share_one_queue(server, tmp_path, data):
-    second = ServerThread(ServerConfig(token=server.token), POLICY, [POLICY], tmp_path / "second.log")
-    try:
-        process = start_sweep(tmp_path / "out", server, "--server.urls", f'["{server.url}", "{second.server.url}"]')
-        _, err = process.communicate(timeout=300)
-    finally:
-        second.close()
+def test_two_servers_share_one_queue(server, second_server, tmp_path, data):
+    process = start_sweep(tmp_path / "out", server, "--server.urls", urls(server.url, second_server.url))
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     with xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as both:
-        assert len(json.loads(both.attrs["servers"])) == 2
+        facts = json.loads(both.attrs["servers"])
+        assert [one["origin_checked_after"] for one in facts] == [True, True]
+        assert sum(one["points"] for one in facts) == 12
         assert float((both.reward != data.reward).mean()) < 0.02
         np.testing.assert_allclose(both.kl_k1, data.kl_k1, atol=1e-2)
+
+
+def test_a_server_lost_on_the_way_leaves_its_points_to_the_other(server, second_server, tmp_path, data):
+    proxy = CuttingProxy(int(second_server.url.rsplit(":", 1)[1]), "generate", 7)
+    process = start_sweep(tmp_path / "out", server, "--server.urls", urls(server.url, f"http://127.0.0.1:{proxy.port}"))
+    _, err = process.communicate(timeout=300)
+    proxy.close()
+    assert process.returncode == 0, err
+    assert "the others go on" in err
+    with xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as final:
+        assert final.reward.notnull().all()
+        assert float((final.reward != data.reward).mean()) < 0.02
+        np.testing.assert_allclose(final.kl_k1, data.kl_k1, atol=1e-2)
+
+
+def test_a_server_that_was_away_is_waited_for_and_its_sweep_goes_on(server, tmp_path, data):
+    """Every connection is cut in the middle of a point; the same address answers again half a second later."""
+    target = int(server.url.rsplit(":", 1)[1])
+    proxy = CuttingProxy(target, "generate", 7)
+    arguments = ("--server.urls", urls(f"http://127.0.0.1:{proxy.port}"), "--server.patience", "60")
+    process = start_sweep(tmp_path / "out", server, *arguments)
+    assert proxy.was_cut.wait(120)
+    back = CuttingProxy(target, "generate", 0, port=proxy.port)
+    _, err = process.communicate(timeout=300)
+    proxy.close()
+    back.close()
+    assert process.returncode == 0, err
+    assert "no server left, trying again" in err
+    with xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as final:
+        assert float((final.reward != data.reward).mean()) < 0.02
+
+
+def same_landscape(path: Path, data: xr.Dataset) -> None:
+    """`path` has the points and the provenance of `data`; only who measured them differs."""
+    with xr.open_dataset(path) as other:
+        assert other.attrs["identity"] == data.attrs["identity"]
+        assert set(other.attrs) == set(data.attrs)
+        assert set(other.data_vars) == set(data.data_vars)
+        np.testing.assert_array_equal(other.alpha, data.alpha)
+        np.testing.assert_array_equal(other.beta, data.beta)
+        np.testing.assert_allclose(other.base_reward, data.base_reward)
+        np.testing.assert_allclose(other.realised_step, data.realised_step, rtol=1e-6)
+        np.testing.assert_allclose(other.kl_k1, data.kl_k1, atol=1e-2)
+        assert float((other.reward != data.reward).mean()) < 0.02
+        facts = json.loads(other.attrs["servers"])
+        assert sum(one["points"] for one in facts) == 12
+        assert len(facts) == 2
+
+
+def test_two_shards_in_two_processes_make_the_undivided_dataset(server, second_server, tmp_path, data):
+    output = tmp_path / "out"
+    first = start_sweep(output, server, "--shard", "1/2")
+    _, err = first.communicate(timeout=300)
+    assert first.returncode == 0, err
+    assert "left to the shard that finishes last: 6 of 12 points are not measured yet" in err
+    assert not list(output.glob("*.nc"))
+    second = start_sweep(output, second_server, "--shard", "2/2")
+    _, err = second.communicate(timeout=300)
+    assert second.returncode == 0, err
+    same_landscape(output / f"landscape_{NAME}.nc", data)
+    again = start_sweep(output, None, "--shard", "1/2")
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert "starting" not in err
+
+
+def test_a_job_array_of_submitit_makes_the_undivided_dataset(server, second_server, tmp_path, data):
+    """submitit's local executor runs both shards at once, as SLURM would on two nodes."""
+    pytest.importorskip("submitit", reason="job arrays need the extra `cluster`")
+    output = tmp_path / "out"
+    arguments = ("--cluster.shards", "2", "--cluster.executor", "local")
+    process = start_sweep(
+        output, server, *arguments, "--server.urls", urls(server.url, second_server.url), module="cluster"
+    )
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert f"landscape_{NAME}.nc" in out
+    same_landscape(output / f"landscape_{NAME}.nc", data)
 
 
 def test_another_client_moving_the_server_is_noticed(server, tmp_path):

@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.errors import ServerError, ServerUnreachableError
 from rlvr_landscape_plugin.serving.protocol import (
     PROTOCOL,
     GenerateCall,
@@ -109,7 +109,9 @@ class LandscapeClient:
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             kind = "no answer in time" if isinstance(error, TimeoutError) else (str(error) or type(error).__name__)
-            raise ServerError(f"{self.url}{route}: connection failed: {kind}; is the server still running?") from error
+            raise ServerUnreachableError(
+                f"{self.url}{route}: connection failed: {kind}; is the server still running?"
+            ) from error
 
     async def _json(self, method: str, route: str, body: Any = None) -> dict[str, Any]:
         encoded = None if body is None else json.dumps(body).encode()
@@ -240,7 +242,9 @@ def first_error(group: BaseExceptionGroup[ServerError]) -> ServerError:
 async def _words(response: aiohttp.ClientResponse) -> str:
     text = (await response.read()).decode(errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = str(json.loads(text)["detail"])
+        answer = json.loads(text)
+        # FastAPI's own form, or the one in which vLLM's server wraps every refusal.
+        text = str(answer["detail"] if "detail" in answer else answer["error"]["message"])
     if response.status == 404:
         return (
             "no such route (404); start the server with the plugin: VLLM_PLUGINS=rlvr_landscape "

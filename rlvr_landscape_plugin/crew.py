@@ -1,0 +1,172 @@
+"""The servers of a sweep and the queue of points they share.
+
+A point is held by one server. What a server held when it failed goes back to the queue, and the server keeps trying to
+come back, so that servers may leave and join. A point that takes far longer than others is measured by an idle server
+too; whoever finishes first counts. Nothing here knows of weights, files or progress bars.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Generic, Protocol, TypeVar
+
+from rlvr_landscape_plugin.errors import ServerError
+
+Cell = tuple[int, int]
+"""Grid indices (i, j) of a point."""
+ATTEMPTS = 3
+"""Failures of one point, on whichever servers, that end the sweep."""
+OVERDUE, OVERDUE_SECONDS = 4.0, 5.0
+"""A point is overdue after this many times the median time of a point, and this many seconds at least."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
+"""Seconds between two attempts to reach a server that is away: at first, doubling, and at most."""
+
+
+class PointQueue:
+    """The points of one slice that are still to measure, and who holds which."""
+
+    def __init__(self, cells: Iterable[Cell]) -> None:
+        self._waiting = deque(cells)
+        self._left = set(self._waiting)
+        self._held: dict[Cell, dict[int, float]] = {}
+        self._failures: Counter[Cell] = Counter()
+        self._seconds: list[float] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether every point is finished."""
+        return not self._left
+
+    def wanted(self, cell: Cell) -> bool:
+        """Whether nobody has finished this point yet."""
+        return cell in self._left
+
+    async def take(self, holder: int) -> Cell | None:
+        """The next point; when none waits, a copy of an overdue one; None when all are finished."""
+        while self._left:
+            cell = self._waiting.popleft() if self._waiting else self._overdue()
+            if cell is not None:
+                self._held.setdefault(cell, {})[holder] = time.monotonic()
+                return cell
+            await asyncio.sleep(0.05)
+        return None
+
+    def _overdue(self) -> Cell | None:
+        if not self._seconds:
+            return None
+        limit = time.monotonic() - max(OVERDUE * statistics.median(self._seconds), OVERDUE_SECONDS)
+        alone = {cell: next(iter(held.values())) for cell, held in self._held.items() if len(held) == 1}
+        late = [cell for cell, since in alone.items() if since < limit]
+        return min(late, key=alone.__getitem__, default=None)
+
+    def finish(self, cell: Cell, holder: int) -> None:
+        """`holder` has measured `cell`, and the point is kept."""
+        self._seconds.append(time.monotonic() - self._held[cell][holder])
+        self._left.discard(cell)
+        del self._held[cell]
+
+    def give_back(self, cell: Cell, holder: int, error: ServerError) -> None:
+        """`holder` failed to measure `cell`; raises `error` at the third failure of one point."""
+        held = self._held.get(cell, {})
+        held.pop(holder, None)
+        self._failures[cell] += 1
+        if self._failures[cell] >= ATTEMPTS:
+            raise error
+        if cell in self._left and not held:
+            self._held.pop(cell, None)
+            self._waiting.appendleft(cell)
+
+
+class Member(Protocol):
+    """One server as a crew sees it."""
+
+    present: bool
+    """Whether it stands in the present slice, ready for points."""
+
+
+Server = TypeVar("Server", bound=Member)
+Worked = TypeVar("Worked", bound=Member, contravariant=True)
+
+
+class Job(Protocol[Worked]):
+    """What a crew does with a slice. Both raise `ServerError` when the server fails."""
+
+    async def enter(self, server: Worked) -> None:
+        """Bring a server, new or come back, into the slice."""
+        ...
+
+    async def measure(self, server: Worked, cell: Cell, wanted: Callable[[], bool]) -> None:
+        """Measure a point; keep it if it is still `wanted` at the end."""
+        ...
+
+
+class Crew(Generic[Server]):
+    """Servers that work through queues of points together."""
+
+    def __init__(self, servers: list[Server], patience: float, say: Callable[[str], None]) -> None:
+        """`patience`: seconds without any server until the last one's error ends the work."""
+        self.servers = servers
+        self._patience, self._say = patience, say
+        self._away: set[int] = set()
+        self._alive = time.monotonic()
+
+    async def work(self, queue: PointQueue, job: Job[Server]) -> None:
+        """Until every point is finished. Servers still busy with a copy are cut off then, and no longer present.
+
+        Raises the `ServerError` of the last server when none has answered for `patience` seconds, or of a point that
+        failed three times.
+        """
+        for server in self.servers:
+            server.present = False
+        self._away.clear()
+        self._alive = time.monotonic()
+        workers = {asyncio.create_task(self._serve(server, queue, job)) for server in self.servers}
+        try:
+            while workers and not queue.done:
+                ended, workers = await asyncio.wait(workers, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+                for worker in ended:
+                    worker.result()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _serve(self, server: Server, queue: PointQueue, job: Job[Server]) -> None:
+        pause = FIRST_PAUSE
+        while not queue.done:
+            cell: Cell | None = None
+            try:
+                if not server.present:
+                    await job.enter(server)
+                    server.present = True
+                    self._away.discard(id(server))
+                cell = await queue.take(id(server))
+                if cell is None:
+                    return
+                await self._measure(server, cell, queue, job)
+                self._alive, pause = time.monotonic(), FIRST_PAUSE
+            except ServerError as error:
+                server.present = False
+                if cell is not None:
+                    queue.give_back(cell, id(server), error)
+                self._away.add(id(server))
+                alone = len(self._away) == len(self.servers)
+                if alone and time.monotonic() - self._alive >= self._patience:
+                    raise
+                self._say(
+                    f"{error}; {'no server left' if alone else 'the others go on'}, trying again in {pause:.0f} s"
+                )
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _measure(self, server: Server, cell: Cell, queue: PointQueue, job: Job[Server]) -> None:
+        # Whoever is interrupted here stands somewhere else than its weights say.
+        server.present = False
+        await job.measure(server, cell, lambda: queue.wanted(cell))
+        server.present = True
+        if queue.wanted(cell):
+            queue.finish(cell, id(server))

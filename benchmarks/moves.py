@@ -1,12 +1,18 @@
-"""How fast weights move: one landscape move against writing a perturbed checkpoint and having the server reload it.
+"""How fast weights move: a landscape move, plain arithmetic on as many bytes, and write-and-reload.
 
     python benchmarks/moves.py [--models tiny 135m]
 
-Both sides act on the same live server in alternation. A move is one POST /landscape/move: pause, θ + α δ + β η, empty
-the caches, resume. The other side is what the published experiment did: perturb in a client process (the directions
-ready in memory), write the whole checkpoint, pause, have vLLM reload it from disk, empty the caches, resume. Nothing
-forces the file to the disk, so on one machine it travels through the page cache. vLLM offers the reload over HTTP in
-its development mode only; the benchmark turns that on for its own loopback server. The last line is one JSON object.
+All three run in turn, the first and the last on the same live server, which uses the GPU if there is one. A move is one
+POST /landscape/move: pause, θ + α δ + β η, empty the caches, resume. Plain arithmetic is
+`p.copy_(base + a * d + b * e)` on float32 tensors of the checkpoint's shapes, on the server's kind of device, in this
+process. Write-and-reload is what the published experiment did: perturb in a client process (the directions ready in
+memory), write the whole checkpoint, pause, have vLLM reload it from disk, empty the caches, resume. Nothing forces the
+file to the disk, so on one machine it travels through the page cache. vLLM offers the reload over HTTP in its
+development mode only; the benchmark turns that on for its own loopback server.
+
+The last line is one JSON object. `ratio_vs_axpy`: move over plain arithmetic (smaller is better). `ratio_vs_reload`:
+write-and-reload over move (larger is better). `gb_per_s`: bytes that a move must touch (θ, δ and η in float32 read, the
+weights written) over the time the workers took to write.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import torch
@@ -32,7 +39,7 @@ from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.directions import SliceSpec
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.engine import MoveStats, Slice
-from rlvr_landscape_plugin.serving.launch import command, environment, free_port
+from rlvr_landscape_plugin.serving.launch import command, environment, free_port, resolve_device
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
 TOKEN = "benchmark-on-loopback"
@@ -59,8 +66,33 @@ def model_135m(folder: Path) -> Path:
     return folder
 
 
-async def measure(model: Path, repeats: int, folder: Path) -> dict[str, float]:
-    """Median seconds of both ways on one server."""
+class Arithmetic:
+    """`p.copy_(base + a * d + b * e)` for each tensor of a checkpoint, float32."""
+
+    def __init__(self, theta: dict[str, torch.Tensor], device: torch.device) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.device = device
+        self.tensors = []
+        for values in theta.values():
+            base, d, e = values.float(), *(torch.randn(values.shape, generator=draw) for _ in "de")
+            self.tensors.append(tuple(tensor.to(device) for tensor in (base.clone(), base, d, e)))
+
+    def seconds(self, a: float, b: float) -> float:
+        """Time of one pass over all tensors."""
+        self._wait()
+        started = time.perf_counter()
+        for p, base, d, e in self.tensors:
+            p.copy_(base + a * d + b * e)
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+async def measure(model: Path, repeats: int, folder: Path) -> dict[str, Any]:
+    """Median seconds of each way."""
     port = free_port()
     env = environment(ServerConfig(), TOKEN, [model]) | {"VLLM_SERVER_DEV_MODE": "1"}
     with (folder / "server.log").open("wb") as log:
@@ -70,22 +102,27 @@ async def measure(model: Path, repeats: int, folder: Path) -> dict[str, float]:
             env=env,
             stdout=log,
             stderr=log,
+            # The tether ends its whole process group.
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     try:
         async with aiohttp.ClientSession() as session, LandscapeClient(url, TOKEN) as client:
             await healthy(session, url, process)
             loaded = await client.load(str(model), {"seed": 0})
-            slice_ = Slice.build(load_file(model / "model.safetensors"), SliceSpec(0), torch.device("cpu"))
+            theta = load_file(model / "model.safetensors")
+            slice_ = Slice.build(theta, SliceSpec(0), torch.device("cpu"))
+            arithmetic = Arithmetic(theta, torch.device(resolve_device(ServerConfig())))
             perturbed = folder / "perturbed"
             shutil.copytree(model, perturbed, dirs_exist_ok=True)
-            moves, reloads, writes = [], [], []
+            moves, reloads, writes, plain = [], [], [], []
             for repeat in range(repeats + 1):
                 alpha, beta = 0.01 * (repeat + 1), -0.01 * repeat
                 started = time.perf_counter()
                 result = await client.move(alpha, beta)
                 moves.append(time.perf_counter() - started)
                 writes.append(result.seconds["write"])
+                plain.append(arithmetic.seconds(alpha, beta))
                 here = await client.checksums()
                 started = time.perf_counter()
                 tensors = dict(slice_.at(alpha, beta, torch.float32, MoveStats()))
@@ -100,9 +137,12 @@ async def measure(model: Path, repeats: int, folder: Path) -> dict[str, float]:
     # The first of each warms caches up.
     return {
         "parameters": loaded["parameters"],
+        "path": loaded["move_path"],
+        "bytes": loaded["parameters"] * (12 + getattr(torch, loaded["dtype"]).itemsize),
         "move": statistics.median(moves[1:]),
         "write": statistics.median(writes[1:]),
         "reload": statistics.median(reloads[1:]),
+        "arithmetic": statistics.median(plain[1:]),
     }
 
 
@@ -143,27 +183,22 @@ async def healthy(session: aiohttp.ClientSession, url: str, process: asyncio.sub
 
 async def run(models: list[str], repeats: int) -> None:
     """Measure and print."""
-    table = Table("model", "parameters", "move, s", "of it writing, s", "write and reload, s", "ratio")
-    result: dict[str, dict[str, float]] = {}
+    table = Table("model", "path", "move, s", "of it writing, s", "arithmetic, s", "write and reload, s")
+    result: dict[str, dict[str, Any]] = {}
     for name in models:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             model = open_snapshot("tiny-sorter").path if name == "tiny" else model_135m(folder / "model")
             row = await measure(model, repeats, folder)
-        ratio = row["reload"] / row["move"]
         result[name] = {
-            "ratio_vs_reload": round(ratio, 2),
-            "move_s": round(row["move"], 4),
-            "reload_s": round(row["reload"], 4),
+            "ratio_vs_axpy": round(row["move"] / row["arithmetic"], 2),
+            "ratio_vs_reload": round(row["reload"] / row["move"], 2),
+            "gb_per_s": round(row["bytes"] / row["write"] / 1e9, 2),
+            "move_path": row["path"],
+            **{f"{key}_s": round(row[key], 4) for key in ("move", "write", "arithmetic", "reload")},
         }
-        table.add_row(
-            name,
-            f"{row['parameters']:,}",
-            f"{row['move']:.3f}",
-            f"{row['write']:.3f}",
-            f"{row['reload']:.3f}",
-            f"{ratio:.1f}",
-        )
+        seconds = (f"{row[key]:.4f}" for key in ("move", "write", "arithmetic", "reload"))
+        table.add_row(f"{name} ({row['parameters']:,})", row["path"], *seconds)
     Console().print(table)
     print(json.dumps(result))
 
@@ -173,4 +208,7 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", choices=("tiny", "135m"), default=["tiny", "135m"])
     parser.add_argument("--repeats", type=int, default=5, help="alternations per model, after one to warm up")
     arguments = parser.parse_args()
+    if torch.get_num_threads() > 1:
+        # Beside a CPU server, a thread on every core was slower than one thread fewer.
+        torch.set_num_threads(torch.get_num_threads() - 1)
     asyncio.run(run(arguments.models, arguments.repeats))

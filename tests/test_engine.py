@@ -1,11 +1,18 @@
-"""The weight engine without a server: what a failed move leaves behind."""
+"""The weight engine without a server: what a failed move leaves behind, and the two ways to move vLLM's own models."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import multiprocessing
+import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,7 +24,19 @@ from conftest import POLICY
 from safetensors.torch import load_file
 
 from rlvr_landscape_plugin.directions import DirectionSpec, SliceSpec
-from rlvr_landscape_plugin.serving.engine import LandscapeEngine, LoadRequest, MoveRequest, MoveStats, Slice, register
+from rlvr_landscape_plugin.serving import kernel_layout
+from rlvr_landscape_plugin.serving.engine import (
+    LandscapeEngine,
+    LoadRequest,
+    MoveRequest,
+    MoveStats,
+    Slice,
+    checksums,
+    register,
+)
+from rlvr_landscape_plugin.serving.kernel_layout import Layout, Part, unpacked
+from rlvr_landscape_plugin.serving.launch import free_port
+from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
 from rlvr_landscape_plugin.snapshot import file_sha256, write_safetensors
 
 pytestmark = pytest.mark.server
@@ -171,3 +190,230 @@ def test_a_whole_displacement_back_is_the_first_snapshot(tmp_path, dtype):
 def test_registering_twice_is_harmless():
     register()
     register()
+
+
+@pytest.mark.parametrize(
+    ("stored", "served"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
+def test_blocks_and_threads_leave_the_bits_of_one_whole_tensor(stored, served):
+    noise = torch.Generator().manual_seed(0)
+    sizes = {"a": 2**20 + 2**15 + 7, "b": 3}
+    theta = {name: torch.randn(size, generator=noise).to(getattr(torch, stored)) for name, size in sizes.items()}
+    slice_ = Slice.build(theta, SliceSpec(0), torch.device("cpu"))
+    module = torch.nn.Module()
+    for name, size in sizes.items():
+        empty = torch.empty(size, dtype=getattr(torch, served))
+        module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+    parts = [Part(module, n, theta[n], *slice_.directions[n], [(0, sizes[n], 1.0)]) for n in sizes]
+    layout = Layout(parts, torch.device("cpu"))
+    for alpha, beta in ((0.7, -1.2), (0.0, 1e-3), (0.0, 0.0)):
+        stats = MoveStats()
+        changed = layout.write(alpha, beta)
+        for name, expected in slice_.at(alpha, beta, getattr(torch, served), stats):
+            assert torch.equal(module.get_parameter(name), expected)
+        assert changed == pytest.approx(stats.changed, rel=1e-5)
+
+
+def test_a_failed_move_in_kernel_layout_goes_back(engine, tmp_path, monkeypatch):
+    load(engine, tmp_path)
+    slice_ = engine._state.how
+    engine._state.how = Layout(
+        [
+            Part(
+                *(engine.model, engine.model.names[name], theta.view(-1)),
+                *(direction.view(-1) for direction in slice_.directions[name]),
+                shares=[(0, theta.numel(), 1.0)],
+            )
+            for name, theta in slice_.theta.items()
+        ],
+        torch.device("cpu"),
+    )
+    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved"
+    before = engine.model.state()
+    whole, failures = kernel_layout._move_chunks, [1]
+
+    def half(chunks, alpha, beta):
+        if failures:
+            whole(itertools.islice(chunks, 3), alpha, beta)
+            failures.pop()
+            raise RuntimeError("device lost")
+        return whole(chunks, alpha, beta)
+
+    monkeypatch.setattr(kernel_layout, "_move_chunks", half)
+    outcome = call(engine, tmp_path, -0.1, 0.0)
+    assert (outcome["weights"], outcome["error"]) == ("restored", "RuntimeError: device lost")
+    assert same(engine.model.state(), before)
+
+
+POINTS = ((0.0, 0.0), (0.05, -0.1), (-0.3, 0.0), (0.0, 0.0))
+
+
+def random_qwen2(folder: Path, dtype: str, tied: bool) -> Path:
+    """One key-value head (held twice by two ranks), biases that are not zero, a vocabulary that vLLM pads."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    for file in POLICY.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def built(snapshot: Path, dtype: str, rank: int, ranks: int) -> Any:
+    """vLLM's own model of a snapshot and its configuration, in this process."""
+    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+    from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+
+    _set_torch_accelerator_to_noop()
+    config = VllmConfig(
+        model_config=ModelConfig(model=str(snapshot), dtype=getattr(torch, dtype), enforce_eager=True),
+        cache_config=CacheConfig(block_size=16),
+        device_config=DeviceConfig("cpu"),
+        parallel_config=ParallelConfig(tensor_parallel_size=ranks, rank=rank, distributed_executor_backend="mp"),
+    )
+    with set_current_vllm_config(config):
+        return get_model(vllm_config=config), config
+
+
+@dataclass
+class Trip:
+    """Along POINTS by one of the paths; `change(model)` alters the model before anything is loaded."""
+
+    snapshot: Path
+    dtype: str
+    path: str
+    change: Callable[[Any], None] | None = None
+
+
+def travel(trip: Trip, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """What a rank reports and holds on the way."""
+    from vllm.config import set_current_vllm_config
+
+    os.environ[MOVE_PATH_VARIABLE] = trip.path
+    model, config = built(trip.snapshot, trip.dtype, rank, ranks)
+    if trip.change is not None:
+        trip.change(model)
+    fresh = checksums(model)
+    engine = LandscapeEngine(SimpleNamespace(backend="landscape"), config, torch.device("cpu"), model)  # type: ignore
+    folder.mkdir(parents=True, exist_ok=True)
+    with set_current_vllm_config(config):
+        engine.init_transfer_engine(LoadRequest(str(folder), str(trip.snapshot), {"seed": 0}))
+        loaded = json.loads((folder / f"rank{rank}.json").read_text())
+        held, moves, products = [checksums(model)], [], []
+        for alpha, beta in POINTS:
+            engine.receive_weights(MoveRequest(alpha, beta, str(folder)))
+            moves.append(json.loads((folder / f"rank{rank}.json").read_text()))
+            held.append(checksums(model))
+            products.append(wrong_products(model))
+    return {"fresh": fresh, "loaded": loaded, "held": held, "moves": moves, "products": products}
+
+
+def wrong_products(model: Any) -> list[str]:
+    """Linear layers whose kernel does not multiply with the weight they hold, rows of activations being views."""
+    wrong = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not hasattr(module, "cpu_linear") or weight is None:
+            continue
+        if not weight.numel():
+            weight = unpacked(module, weight)
+        for rows in (1, 3, 200):
+            draw = torch.Generator().manual_seed(rows)
+            x = torch.randn(rows, 2 * weight.shape[1], generator=draw).to(weight.dtype)[:, weight.shape[1] :]
+            with torch.inference_mode():
+                got = module.quant_method.apply(module, x, None).float()
+            if not torch.allclose(got, x.float() @ weight.float().T, rtol=2e-2, atol=2e-2):
+                wrong.append(f"{name}, {rows} rows")
+    return wrong
+
+
+def run_rank(rank: int, ranks: int, port: int, folder: Path, trips: dict[str, Trip]) -> None:
+    """In a process of its own: `trips` one after the other, results as JSON."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    torch.set_num_threads(1)
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
+        initialize_model_parallel(ranks)
+    results = {name: travel(trip, rank, ranks, folder / name) for name, trip in trips.items()}
+    (folder / f"results{rank}.json").write_text(json.dumps(results))
+
+
+def run_ranks(ranks: int, folder: Path, trips: dict[str, Trip]) -> list[dict[str, Any]]:
+    """`run_rank` of each rank."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    processes = [context.Process(target=run_rank, args=(rank, ranks, port, folder, trips)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def bend(model: Any) -> None:
+    """Make the loader other than linear in one small tensor, without changing a norm."""
+    straight = model.load_weights
+    name = "model.layers.1.input_layernorm.weight"
+    model.load_weights = lambda weights: straight((n, t.abs() if n == name else t) for n, t in weights)
+
+
+def realised_step(ranks: list[dict[str, Any]], move: int) -> float:
+    return math.sqrt(sum(rank["moves"][move]["changed"] for rank in ranks) / ranks[0]["moves"][move]["theta"])
+
+
+def agree(kernel: list[dict[str, Any]], loader: list[dict[str, Any]]) -> None:
+    """Both paths held the same bits all the way, and say the same of their steps."""
+    assert {rank["loaded"]["move_path"] for rank in kernel} == {"kernel"}
+    assert {rank["loaded"]["move_path"] for rank in loader} == {"loader"}
+    for ours, theirs in zip(kernel, loader, strict=True):
+        assert ours["held"] == theirs["held"]
+        assert ours["fresh"] == ours["held"][0] == ours["held"][1] == ours["held"][4], (
+            "loading and (0, 0) change nothing"
+        )
+        assert ours["held"][1] != ours["held"][2] != ours["held"][3]
+        assert not any(ours["products"] + theirs["products"])
+    shares = sum(rank["loaded"]["theta_share"] for rank in kernel)
+    assert shares == pytest.approx(kernel[0]["loaded"]["theta"], rel=1e-9)
+    for move in range(len(POINTS)):
+        assert realised_step(kernel, move) == pytest.approx(realised_step(loader, move), rel=1e-5)
+
+
+def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
+    """Fused projections with biases, tied and untied heads, a padded vocabulary, bfloat16; and a crooked loader."""
+    tied = random_qwen2(tmp_path / "tied", "bfloat16", True)
+    untied = random_qwen2(tmp_path / "untied", "float32", False)
+    cases = {"tied": (tied, "bfloat16"), "untied": (untied, "float32")}
+    trips = {f"{name}-{path}": Trip(*case, path) for name, case in cases.items() for path in ("kernel", "loader")}
+    trips |= {f"bent-{path}": Trip(untied, "float32", path, bend) for path in ("kernel", "loader")}
+    (results,) = run_ranks(1, tmp_path, trips)
+    for name in cases:
+        agree([results[f"{name}-kernel"]], [results[f"{name}-loader"]])
+    bent, straight = results["bent-kernel"], results["bent-loader"]
+    assert bent["loaded"]["move_path"] == "loader"
+    assert "its weights differ from the loader's" in bent["loaded"]["move_path_reason"]
+    assert bent["held"] == straight["held"], "fallen back, and the trial left no trace"
+    assert not any(bent["products"])
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_kernel_layout(tmp_path):
+    """Shards, a key-value head that both ranks hold, biases and norms that are copies: steps count each weight once."""
+    snapshot = random_qwen2(tmp_path / "untied", "float32", False)
+    results = run_ranks(2, tmp_path, {path: Trip(snapshot, "bfloat16", path) for path in ("kernel", "loader")})
+    agree([rank["kernel"] for rank in results], [rank["loader"] for rank in results])

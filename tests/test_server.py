@@ -20,7 +20,7 @@ from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.errors import ServerError
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
-from rlvr_landscape_plugin.serving.protocol import Sampling
+from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE, Sampling
 
 pytestmark = pytest.mark.server
 SLICE = {"seed": 0}
@@ -85,8 +85,8 @@ async def test_no_prefix_cache_outlives_a_move(server):
                 np.testing.assert_allclose(completion.logprobs, scored[start:], atol=1e-4)
 
 
-async def test_the_origin_is_the_snapshot_bit_for_bit(server, tmp_path):
-    """Kernel-layout checksums: as vLLM loaded the checkpoint itself, and after a tour through the slice."""
+async def test_the_origin_is_the_snapshot_bit_for_bit(server, tmp_path, monkeypatch):
+    """Kernel-layout checksums: as vLLM loaded the checkpoint itself, after a tour, and on the loader's path."""
     async with client_of(server) as client:
         await client.load(str(POLICY), SLICE)
         await client.move(0, 0)
@@ -99,9 +99,37 @@ async def test_the_origin_is_the_snapshot_bit_for_bit(server, tmp_path):
         assert await client.checksums() == home
         for one, other in itertools.combinations(seen, 2):
             assert all(one[0][name] != other[0][name] for name in home[0]), "every parameter moves, packed ones too"
+    monkeypatch.setenv(MOVE_PATH_VARIABLE, "loader")
     async with local_server(ServerConfig(), POLICY, [POLICY], tmp_path / "second.log") as fresh:
         async with client_of(fresh) as client:
             assert await client.checksums() == home
+            assert (await client.load(str(POLICY), SLICE))["move_path"] == "loader"
+            await client.move(0.05, -0.05)
+            assert await client.checksums() == seen[2]
+
+
+async def test_loading_says_how_weights_will_move(server):
+    async with client_of(server) as client:
+        loaded = await client.load(str(POLICY), SLICE)
+        assert loaded["move_path"] == "kernel", loaded["move_path_reason"]
+        assert loaded["directions_memory"] == "float32 on the host"
+        assert (await client.info())["loaded"]["move_path"] == "kernel"
+        still = await client.load(str(POLICY), SLICE | {"exclude": ["*"]})
+        assert (still["move_path"], still["move_path_reason"]) == ("loader", "no tensor moves")
+
+
+async def test_a_move_waits_for_the_requests_in_flight(server):
+    """They end under the weights they began with, and their outputs arrive."""
+    async with client_of(server, sampling=GREEDY) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0.0, 0.0)
+        alone = await asyncio.gather(*(client.generate(prompt, 0, 200) for prompt in prompts(8)))
+        together = [asyncio.create_task(client.generate(prompt, 0, 200)) for prompt in prompts(8)]
+        await asyncio.sleep(0.03)
+        assert not all(task.done() for task in together)
+        await client.move(0.3, -0.3)
+        for task, before in zip(together, alone, strict=True):
+            assert (await task).tokens.tolist() == before.tokens.tolist()
 
 
 async def test_same_seeds_same_tokens_other_seeds_other_tokens(server):

@@ -40,6 +40,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from rlvr_landscape_plugin.serving.protocol import (
     MAX_BODY_BYTES,
+    MOVE_PATH_VARIABLE,
     PROTOCOL,
     ROOTS_VARIABLE,
     TOKEN_VARIABLE,
@@ -67,7 +68,8 @@ class LandscapeEndpoint:
         self._loaded: dict[str, Any] | None = None
         self._at: tuple[float, float] | None = None
         self._version = "unknown"
-        self._moves = 0
+        self._reading = 0
+        """Requests of our own routes whose output is awaited."""
         self._lock = asyncio.Lock()
         self._stop_ids: list[int] = []
 
@@ -159,9 +161,12 @@ class LandscapeEndpoint:
                 )
             )
             if error := _first_error(reports):
+                if any(report.get("weights") == "dirty" for report in reports):
+                    self._state, self._at, self._version, self._loaded = "dirty", None, "dirty", None
+                    raise HTTPException(500, f"the weights are dirty, load and move again: {error}")
                 raise HTTPException(422, error)
-            before = self._loaded
-            self._loaded = {"snapshot": str(path), "slice": call.slice, **reports[0]}
+            before, self._loaded = self._loaded, None
+            self._loaded = {"snapshot": str(path), "slice": call.slice, **_joined(reports)}
             if before is None or before["snapshot_sha256"] != self._loaded["snapshot_sha256"] or self._at != (0.0, 0.0):
                 if self._state == "clean":
                     self._state = "unknown"
@@ -182,7 +187,7 @@ class LandscapeEndpoint:
             before = (self._state, self._at)
             self._state = "moving"
             try:
-                await self._engine.pause_generation(mode="wait", clear_cache=False)
+                await self._pause()
                 clock.append(time.perf_counter())
                 await self._engine.start_weight_update()
                 reports = await self._with_reports(
@@ -191,7 +196,6 @@ class LandscapeEndpoint:
                     )
                 )
                 clock.append(time.perf_counter())
-                self._moves += 1
                 # Any failure below leaves "moving" behind, which the except turns into "dirty".
                 outcomes = {report["weights"] for report in reports}
                 failed = _first_error(reports)
@@ -218,7 +222,18 @@ class LandscapeEndpoint:
                 raise HTTPException(500, f"the move failed, the weights are those of before: {failed}")
             clock.append(time.perf_counter())
             seconds = dict(zip(("pause", "write", "reset", "resume"), np.diff(clock).tolist(), strict=True))
-            return JSONResponse({**self._standing(), "realised_step": reports[0]["realised_step"], "seconds": seconds})
+            return JSONResponse({**self._standing(), "realised_step": _realised_step(reports), "seconds": seconds})
+
+    async def _pause(self) -> None:
+        """Wait for the requests in flight and hold the others.
+
+        vLLM's own pause sleeps for 20 ms afterwards, so that outputs reach their readers first; that is left out when
+        nobody reads here.
+        """
+        if self._reading:
+            await self._engine.pause_generation(mode="wait", clear_cache=False)
+        else:
+            await self._engine.engine_core.pause_scheduler_async(mode="wait", clear_cache=False)
 
     async def _with_reports(self, call: Callable[[str], Awaitable[Any]]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="rlvr-landscape-") as folder:
@@ -294,8 +309,12 @@ class LandscapeEndpoint:
     async def _last(self, prompt: list[int], params: Any) -> Any:
         output = None
         stream = self._engine.generate({"prompt_token_ids": prompt}, params, f"landscape-{uuid.uuid4().hex}")
-        async for output in stream:  # noqa: B007 - the last one is the whole one
-            pass
+        self._reading += 1
+        try:
+            async for output in stream:  # noqa: B007 - the last one is the whole one
+                pass
+        finally:
+            self._reading -= 1
         if output is None or not output.finished:
             raise RuntimeError("the engine ended a request without finishing it")
         return output
@@ -352,6 +371,26 @@ def _confined(given: str, what: str) -> Path:
 
 def _first_error(reports: list[dict[str, Any]]) -> str | None:
     return next((report["error"] for report in reports if "error" in report), None)
+
+
+def _joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One answer for all workers: rank 0's facts, and the kernel path only if every worker takes it."""
+    shared, theta = sum(report["theta_share"] for report in reports), reports[0]["theta"]
+    if abs(shared - theta) > 1e-6 * theta:
+        raise HTTPException(
+            422,
+            f"the workers' shares of the checkpoint's squared norm add up to {shared:.9g}, expected {theta:.9g}, so "
+            f"steps would be measured wrongly; start the server with {MOVE_PATH_VARIABLE}=loader",
+        )
+    slowest = next((report for report in reports if report["move_path"] != "kernel"), reports[0])
+    path = {key: slowest[key] for key in ("move_path", "move_path_reason")}
+    return {key: value for key, value in (reports[0] | path).items() if key not in ("theta", "theta_share")}
+
+
+def _realised_step(reports: list[dict[str, Any]]) -> float:
+    """‖θ(α,β) − θ‖ / ‖θ‖ as the workers hold it, dimensionless."""
+    theta = reports[0]["theta"]
+    return math.sqrt(sum(report["changed"] for report in reports) / theta) if theta else 0.0
 
 
 def _flat(logprobs: Any, tokens: np.ndarray, first: int = 0) -> np.ndarray:

@@ -1,10 +1,14 @@
 """Weight moves inside a vLLM worker, as a `WeightTransferEngine` named `landscape`.
 
-The engine holds the pristine snapshot and both directions under their checkpoint names and writes
-`pristine + α δ + β η`, computed in float32 and cast once, through the model's own loader inside vLLM's layerwise
-reload: the one path that knows every fused projection, tensor-parallel shard and packed kernel layout, and that writes
-in place (captured graphs keep their pointers). It never adds to what is already there, so nothing drifts and (0, 0) is
-the snapshot bit for bit.
+The engine holds the pristine snapshot and both directions and writes `pristine + α δ + β η`, computed in float32 and
+cast once, in place (captured graphs keep their pointers). It never adds to what is already there, so nothing drifts and
+(0, 0) is the snapshot bit for bit. There are two paths with the same outcome:
+
+- `loader`: tensors under checkpoint names go through the model's own loader inside vLLM's layerwise reload, which knows
+  every fused projection, tensor-parallel shard and packed kernel layout. Right for every model, and slow.
+- `kernel` (kernel_layout.py): θ, δ and η went through the loader once, when the slice was loaded; a move is arithmetic
+  on the parameters, bound by memory. It is taken if a trial move to random coordinates left the same weights, by
+  SHA-256, as the loader.
 
 vLLM's worker calls return nothing to the front end, so each call leaves a small JSON report in a directory that the
 endpoint created and named in the request.
@@ -14,10 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
+import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,11 +45,22 @@ from rlvr_landscape_plugin.directions import (
     open_direction,
     scaled_direction,
 )
+from rlvr_landscape_plugin.serving.kernel_layout import (
+    Layout,
+    UnsupportedLayoutError,
+    build_layout,
+    keep_plain,
+    packable,
+    unpacked,
+)
+from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot, read_tensor
+
+logger = logging.getLogger("vllm.rlvr_landscape")
 
 BACKEND = "landscape"
 _CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
-"""Elements that a move handles at once: what fits a CPU's cache, what keeps a GPU busy."""
+"""Elements that a move through the loader handles at once: what fits a CPU's cache, what keeps a GPU busy."""
 
 
 def register() -> None:
@@ -114,12 +131,14 @@ def checksums(model: Any) -> dict[str, str]:
         for attribute, parameter in module.named_parameters(recurse=False):
             values = parameter.detach()
             if not values.numel() and hasattr(module, "cpu_linear"):
-                # A packed layer has lost its shape; the module still knows it.
-                identity = torch.eye(module.input_size_per_partition, dtype=values.dtype)
-                values = module.cpu_linear(identity, parameter, None)
-            raw = values.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            digests[f"{name}.{attribute}"] = hashlib.sha256(raw).hexdigest()
+                values = unpacked(module, parameter)
+            digests[f"{name}.{attribute}"] = _digest(values)
     return digests
+
+
+def _digest(values: torch.Tensor) -> str:
+    raw = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()
 
 
 def _load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
@@ -185,6 +204,16 @@ class Slice:
                 directions[name] = (direction("alpha", name, values), direction("beta", name, values))
         return cls(spec, {name: tensor.to(device) for name, tensor in theta.items()}, directions)
 
+    def to(self, device: torch.device) -> Slice:
+        """The same slice on another device."""
+        directions = {name: (delta.to(device), eta.to(device)) for name, (delta, eta) in self.directions.items()}
+        return Slice(self.spec, {name: tensor.to(device) for name, tensor in self.theta.items()}, directions)
+
+    def squared_lengths(self) -> tuple[float, float]:
+        """‖δ‖² and ‖η‖², float64."""
+        sums = [[float(d.square().sum(dtype=torch.float64)) for d in pair] for pair in self.directions.values()]
+        return sum(pair[0] for pair in sums), sum(pair[1] for pair in sums)
+
     @cached_property
     def theta_squared(self) -> float:
         """Σ θ² over all tensors, float64."""
@@ -226,7 +255,9 @@ def _move(
 @dataclass
 class _State:
     snapshot: Snapshot
-    slice: Slice
+    how: Slice | Layout
+    """By checkpoint names for the loader, or in kernel layout."""
+    theta_squared: float
     at: tuple[float, float] | None = None
     """Coordinates of the weights in the model; None: the model holds something else."""
 
@@ -241,9 +272,15 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._state: _State | None = None
+        self._plain = False
+        """Whether linear layers of this CPU hold their weights as they are from now on."""
 
     def init_transfer_engine(self, init_info: LoadRequest) -> None:
-        """Read, check and scale; on any error the slice held before stays in force and the report says what failed."""
+        """Read, check and scale; on any error the report says what failed, and the slice held before stays in force.
+
+        Only if weights could not be put back after the trial of the kernel path is no slice held, and the report says
+        `dirty`.
+        """
         if not init_info.snapshot:
             self._report(init_info.report, checksums(self.model))
             return
@@ -254,25 +291,129 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             served = open_snapshot(self.model_config.model)
             compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
             spec = SliceSpec(**init_info.slice)
-            previous = self._state
-            same_bytes = previous is not None and previous.snapshot.sha256 == snapshot.sha256
-            theta = _load_tensors(snapshot)
-            built = Slice.build(theta, spec, self._home(theta), init_info.directions)
+
+            def build() -> Slice:
+                return Slice.build(_load_tensors(snapshot), spec, torch.device("cpu"), init_info.directions)
+
+            slice_ = build()
+            moving = sum(delta.numel() for delta, _ in slice_.directions.values())
+            theta_squared = slice_.theta_squared
         except (ValueError, OSError, TypeError) as error:
             self._report(init_info.report, {"error": str(error)})
             return
-        at = previous.at if previous is not None and same_bytes and previous.at == (0.0, 0.0) else None
+        at = None
+        if self._state is not None and self._state.at == (0.0, 0.0):
+            at = (0.0, 0.0) if self._state.snapshot.sha256 == snapshot.sha256 else None
+        # Its memory is needed for the next.
+        self._state = None
+        try:
+            how, reason = self._choose(slice_, snapshot, build)
+        except Exception as error:  # the check writes weights; if they could not be put back, nothing is known of them
+            outcome = {"error": f"checking the moves failed: {type(error).__name__}: {error}", "weights": "dirty"}
+            self._report(init_info.report, outcome)
+            return
+        self._state = _State(snapshot, how, theta_squared, at)
+        kernel = isinstance(how, Layout)
+        home = how.home if isinstance(how, Layout) else next(iter(how.theta.values())).device
         facts = {
             "snapshot_sha256": snapshot.sha256,
             "directions_fingerprint": fingerprint(spec, snapshot.shapes),
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
             "device": str(self.device),
             "parameters": sum(math.prod(shape) for shape in snapshot.shapes.values()),
-            "moving_parameters": sum(delta.numel() for delta, _ in built.directions.values()),
+            "moving_parameters": moving,
+            "theta": theta_squared,
+            "theta_share": how.squared("theta") if isinstance(how, Layout) else theta_squared / self._ranks,
+            "move_path": "kernel" if kernel else "loader",
+            "move_path_reason": reason,
+            "directions_memory": f"float32 on {'the host' if home.type == 'cpu' else home}",
             "seconds": time.perf_counter() - started,
         }
-        self._state = _State(snapshot, built, at)
+        logger.info(
+            "landscape: %s moves by the %s path (%s), directions %s, taken in within %.1f s",
+            *(snapshot.path.name, facts["move_path"], reason, facts["directions_memory"], facts["seconds"]),
+        )
         self._report(init_info.report, facts)
+
+    @property
+    def _ranks(self) -> int:
+        return getattr(self.parallel_config, "tensor_parallel_size", 1)
+
+    def _choose(self, slice_: Slice, snapshot: Snapshot, build: Callable[[], Slice]) -> tuple[Slice | Layout, str]:
+        """The kernel path if the model allows it and it passes its check, else the loader's; and why.
+
+        Consumes `slice_`; `build` makes another. The weights are afterwards what they were.
+        """
+        if unfit := self._unfit(slice_):
+            return slice_.to(self._home(slice_.theta)), unfit
+        try:
+            if self.device.type == "cpu" and not packable(self.model_config.dtype, self._ranks):
+                self._plain = True
+                self._keep_plain()
+            return self._checked(slice_, snapshot)
+        except UnsupportedLayoutError as error:
+            logger.warning("landscape: moves take the slow path through the loader: %s", error)
+            slice_ = build()
+            return slice_.to(self._home(slice_.theta)), str(error)
+
+    def _unfit(self, slice_: Slice) -> str | None:
+        """Why the kernel path is not even tried."""
+        if os.environ.get(MOVE_PATH_VARIABLE, "kernel") != "kernel":
+            return f"{MOVE_PATH_VARIABLE} asks for it"
+        if not slice_.directions:
+            return "no tensor moves"
+        if getattr(self.model_config, "quantization", None):
+            return "the model is quantised"
+        if getattr(self.parallel_config, "pipeline_parallel_size", 1) > 1:
+            return "pipeline parallelism"
+        return None
+
+    def _checked(self, slice_: Slice, snapshot: Snapshot) -> tuple[Layout, str]:
+        """Both paths to random coordinates, which must leave the same bits; then back to the weights before."""
+        ranks = self._ranks
+        draw = random.Random(snapshot.sha256)
+        point = (draw.uniform(0.5, 1.5), -draw.uniform(0.5, 1.5))
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        before = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+        # What packs weights also makes a new function, so the old ones still hold the old weights.
+        kernels = [(module, module.cpu_linear) for module in self.model.modules() if hasattr(module, "cpu_linear")]
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for tensor, values in before:
+                    tensor.copy_(values)
+            for module, kernel in kernels:
+                module.cpu_linear = kernel
+
+        def held() -> dict[str, str]:
+            return checksums(self.model) | {name: _digest(buffer) for name, buffer in self.model.named_buffers()}
+
+        home = self._home(slice_.theta, ranks)
+        lengths = [slice_.theta_squared, *slice_.squared_lengths()]
+        try:
+            self._write_by_loader(slice_, *point)
+            expected = held()
+            # Whatever the kernel path did not reach would now show.
+            put_back()
+            theta, directions = slice_.theta, slice_.directions
+            delta = {name: pair[0] for name, pair in directions.items()}
+            eta = {name: pair[1] for name, pair in directions.items()}
+            directions.clear()
+            dtype, shapes = self.model_config.dtype, snapshot.shapes
+            layout = build_layout(self.model, dtype, shapes, theta, delta, eta, home, ranks)
+            found = [layout.squared(attribute) for attribute in ("theta", "delta", "eta")]
+            if ranks == 1 and any(abs(a - b) > 1e-9 * b for a, b in zip(found, lengths, strict=True)):
+                raise UnsupportedLayoutError("the model does not hold every tensor of the checkpoint exactly once")
+            self._write(layout, *point)
+            if held() != expected:
+                raise UnsupportedLayoutError("its weights differ from the loader's in a trial move")
+        except UnsupportedLayoutError:
+            raise
+        except Exception as error:
+            raise UnsupportedLayoutError(f"a trial move failed: {type(error).__name__}: {error}") from error
+        finally:
+            put_back()
+        return layout, f"same weights as by the loader at ({point[0]:.3f}, {point[1]:.3f})"
 
     def _check_kernels(self) -> None:
         """Refuse a server whose compiled graph would go on using the weights it was compiled with."""
@@ -282,11 +423,12 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
                 "linear weights, which no move reaches; start it again with --enforce-eager"
             )
 
-    def _home(self, theta: dict[str, torch.Tensor]) -> torch.device:
-        """The worker's device if three float32 copies fit into what is free there, else the host's memory."""
+    def _home(self, theta: dict[str, torch.Tensor], ranks: int = 1) -> torch.device:
+        """The worker's device if three float32 copies of its share fit into what is free there, else the host."""
         if self.device.type != "cuda":
             return torch.device("cpu")
-        need = 3 * 4 * sum(tensor.numel() for tensor in theta.values())
+        need = 3 * 4 * sum(tensor.numel() for tensor in theta.values()) / ranks
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         return self.device if need < 0.9 * free else torch.device("cpu")
 
@@ -306,12 +448,12 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
         before = state.at
         state.at = None
         try:
-            stats = self._write(state.slice, update_info.alpha, update_info.beta)
+            changed = self._write(state.how, update_info.alpha, update_info.beta)
         except Exception as error:  # a mixture of two policies must be repaired or declared, whatever raised
             outcome = {"error": f"{type(error).__name__}: {error}", "weights": "dirty"}
             if before is not None:
                 try:
-                    self._write(state.slice, *before)
+                    self._write(state.how, *before)
                     state.at = before
                     outcome["weights"] = "restored"
                 except Exception as second:
@@ -321,10 +463,26 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
         state.at = (update_info.alpha, update_info.beta)
         self._report(
             update_info.report,
-            {"realised_step": stats.realised_step, "weights": "moved", "seconds": time.perf_counter() - started},
+            {
+                "changed": changed,
+                "theta": state.theta_squared,
+                "weights": "moved",
+                "seconds": time.perf_counter() - started,
+            },
         )
 
-    def _write(self, slice_: Slice, alpha: float, beta: float) -> MoveStats:
+    def _write(self, how: Slice | Layout, alpha: float, beta: float) -> float:
+        """Move; returns this rank's share of Σ (rounded(α, β) − rounded(0, 0))²."""
+        if isinstance(how, Slice):
+            return self._write_by_loader(how, alpha, beta)
+        self._keep_plain()
+        return how.write(alpha, beta)
+
+    def _keep_plain(self) -> None:
+        if self.device.type == "cpu":
+            keep_plain(self.model, self.model_config.dtype, self._ranks)
+
+    def _write_by_loader(self, slice_: Slice, alpha: float, beta: float) -> float:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         stats = MoveStats()
@@ -335,9 +493,12 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             loader((name, tensor.to(self.device)) for name, tensor in tensors)
         finally:
             finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
+        if self._plain:
+            self._keep_plain()
+        elif self.device.type == "cpu":
             _repack_shared(self.model)
-        return stats
+        # Every rank goes through the whole checkpoint.
+        return stats.changed / self._ranks
 
     def _report(self, directory: str, content: dict[str, Any]) -> None:
         path = Path(directory) / f"rank{self.parallel_config.rank}.json"

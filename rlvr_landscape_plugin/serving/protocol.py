@@ -15,6 +15,8 @@ TOKEN_VARIABLE = "RLVR_LANDSCAPE_TOKEN"
 """Environment variable with the bearer token, on both sides."""
 ROOTS_VARIABLE = "RLVR_LANDSCAPE_ROOTS"
 """Environment variable of the server: directories it may read snapshots and directions from."""
+MOVE_PATH_VARIABLE = "RLVR_LANDSCAPE_MOVE_PATH"
+"""Environment variable of the server: `kernel` (the default: wherever it passes its check) or `loader`; engine.py."""
 
 
 class LoadCall(msgspec.Struct, forbid_unknown_fields=True):

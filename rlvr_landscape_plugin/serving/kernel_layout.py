@@ -1,0 +1,384 @@
+"""Moves at memory speed: the slice in the layout that the kernels read.
+
+Loading an unquantised checkpoint is linear: the model's loader copies, concatenates and cuts. So θ, δ and η go through
+it once, into float32 stand-ins for the model's parameters, and a move is `p ← cast(θ + α δ + β η)` for each parameter,
+in place, in blocks that fit a cache. Whether loading was linear is for the caller to check, by checksums after the same
+move on both paths.
+
+On a CPU vLLM keeps linear weights in opaque packed buffers, which nothing can write in place. Packing float32 only
+permutes and pads, so θ, δ and η are packed too, by the same library (oneDNN, through torch), and a move writes the
+packed buffer that the layer then multiplies with. Where that cannot be done (packed bfloat16 has another order than
+float32), layers keep their weights as they are (`keep_plain`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
+"""Elements that a move handles at once: what stays in a core's cache, what keeps a GPU busy."""
+_CHUNK = 2**20
+"""Elements that a thread takes on at a time."""
+_MOST_THREADS = 16
+_MOST_RUNS = 4096
+"""Pieces of checkpoint tensors in one parameter above which copies on other ranks are not told apart."""
+_PACKED_FOR = 64
+"""Rows of input that packed weights are laid out for; any number of rows may come."""
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+Key = tuple[str, str]
+"""Module's name and parameter's attribute."""
+
+
+class UnsupportedLayoutError(Exception):
+    """The model cannot move in kernel layout; the message says why."""
+
+
+@dataclass
+class Part:
+    """One parameter of the model, its θ, δ and η as flat tensors of its length."""
+
+    module: Any
+    attribute: str
+    theta: torch.Tensor
+    """In the stored dtype."""
+    delta: torch.Tensor
+    eta: torch.Tensor
+    """float32, as δ."""
+    shares: list[tuple[int, int, float]]
+    """(start, stop, 1 / number of ranks with a copy) of the elements that come from the checkpoint."""
+    packed: torch.Tensor | None = None
+    """The oneDNN tensor that a linear layer of a CPU multiplies with; θ, δ and η are then in its order, padded."""
+
+    def destination(self) -> torch.Tensor:
+        """What a move writes, flat, and what the kernel will read; settled anew each time, as a reload replaces it."""
+        if self.packed is not None:
+            self.module.cpu_linear = _packed_linear(self.packed)
+            return _memory(self.packed)
+        live = getattr(self.module, self.attribute).detach()
+        if live.numel() != self.theta.numel() or not live.is_contiguous():
+            raise RuntimeError(f"{self.attribute} of a {type(self.module).__name__} no longer has the layout it had")
+        return live.view(-1)
+
+
+@dataclass
+class Layout:
+    """A slice in kernel layout."""
+
+    parts: list[Part]
+    home: torch.device
+    """Where θ, δ and η are: with the parameters, or on the host."""
+
+    def squared(self, attribute: str) -> float:
+        """Σ of this rank's share of `theta`², `delta`² or `eta`², float64."""
+        return sum(
+            weight * float(getattr(part, attribute)[start:stop].to(torch.float32).square().sum(dtype=torch.float64))
+            for part in self.parts
+            for start, stop, weight in part.shares
+        )
+
+    @torch.no_grad()
+    def write(self, alpha: float, beta: float) -> float:
+        """Set every parameter to θ + α δ + β η; returns this rank's share of Σ (rounded(α, β) − rounded(0, 0))².
+
+        When this returns or raises, nothing is being written any more.
+        """
+        targets = [part.destination() for part in self.parts]
+        if alpha == 0 and beta == 0:
+            for part, target in zip(self.parts, targets, strict=True):
+                target.copy_(part.theta)
+            return 0.0
+        host = self.home.type == "cpu"
+        size = _CHUNK if host else _GPU_BLOCK
+        chunks = iter(
+            [
+                (tuple(t[at : min(at + size, stop)] for t in (target, part.theta, part.delta, part.eta)), weight)
+                for part, target in zip(self.parts, targets, strict=True)
+                for start, stop, weight in part.shares
+                for at in range(start, stop, size)
+            ]
+        )
+        if not host:
+            return float(sum(weight * _move(tensors, alpha, beta).to(torch.float64) for tensors, weight in chunks))
+        # Threads copy to a GPU on a stream of their own.
+        devices = {target.device for target in targets if target.is_cuda}
+        for device in devices:
+            torch.cuda.synchronize(device)
+        # One iterator for all threads: a core with other work takes fewer chunks.
+        pool, threads = _threads()
+        futures = [pool.submit(_move_chunks, chunks, alpha, beta) for _ in range(threads)]
+        wait(futures)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return sum(future.result() for future in futures)
+
+
+def _move(
+    block: tuple[torch.Tensor, ...], alpha: float, beta: float, scratch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Write θ + α δ + β η, computed in float32 and cast once, into the first of `block` (out, θ, δ, η).
+
+    Returns Σ (out − cast(θ))², float32. `scratch`: float32, at least as long.
+    """
+    out, theta, delta, eta = block
+    direct = out.dtype == torch.float32 and out.device == theta.device
+    moved = torch.add(theta, delta, alpha=alpha, out=out if direct else None).add_(eta, alpha=beta)
+    if direct:
+        step = torch.sub(moved, theta, out=None if scratch is None else scratch[: moved.numel()])
+    else:
+        rounded = moved.to(out.dtype)
+        out.copy_(rounded)
+        step = rounded.to(torch.float32).sub_(theta.to(out.dtype))
+    return step.square_().sum()
+
+
+@torch.no_grad()
+def _move_chunks(chunks: Iterator[tuple[tuple[torch.Tensor, ...], float]], alpha: float, beta: float) -> float:
+    scratch = torch.empty(_CPU_BLOCK, dtype=torch.float32)
+    changed = 0.0
+    for tensors, weight in chunks:
+        for block in zip(*(tensor.split(_CPU_BLOCK) for tensor in tensors), strict=True):
+            changed += weight * float(_move(block, alpha, beta, scratch))
+    return changed
+
+
+@functools.cache
+def _threads() -> tuple[ThreadPoolExecutor, int]:
+    """A thread for each core that this process may use, and those of the front end, which waits during a move.
+
+    Where the user bound the server's threads, only the cores named.
+    """
+    cores = os.sched_getaffinity(0)
+    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
+        cores |= os.sched_getaffinity(os.getppid())
+    count = min(len(cores), _MOST_THREADS)
+
+    def begin() -> None:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(1)
+
+    return ThreadPoolExecutor(count, "landscape-move", begin), count
+
+
+def build_layout(
+    model: Any,
+    dtype: torch.dtype,
+    shapes: dict[str, tuple[int, ...]],
+    theta: dict[str, torch.Tensor],
+    delta: dict[str, torch.Tensor],
+    eta: dict[str, torch.Tensor],
+    home: torch.device,
+    ranks: int = 1,
+) -> Layout:
+    """Push θ, δ and η (checkpoint names) through the model's loader; its weights stay as they are.
+
+    The three dicts are emptied on the way, so that no more than one of them is held twice. Tensors missing from `delta`
+    and `eta` stand still. `ranks` is the tensor-parallel size. Raises `UnsupportedLayoutError`.
+    """
+    kinds = {tensor.dtype for tensor in theta.values()}
+    stored = kinds.pop() if len(kinds) == 1 and kinds <= set(_STORED) else torch.float32
+    modules = dict(model.named_modules())
+    chosen, owners = _owners(model, dtype, shapes, home, ranks)
+    packed = {
+        key: torch.ops.mkldnn._reorder_linear_weight(torch.empty(shape, dtype=torch.float32), _PACKED_FOR)
+        for key, shape in chosen.items()
+        if not getattr(modules[key[0]], key[1]).numel()
+    }
+    lengths = [_memory(packed[key]).numel() if key in packed else math.prod(shape) for key, shape in chosen.items()]
+
+    def flat(tensors: dict[str, torch.Tensor], as_dtype: torch.dtype) -> dict[Key, torch.Tensor]:
+        captured = _capture(model, _drain(tensors, shapes), home)
+        result = dict(zip(chosen, _empty(sum(lengths), as_dtype, home).split(lengths), strict=True))
+        for key, place in result.items():
+            values = captured.pop(key)
+            if key in packed:
+                values = torch.ops.mkldnn._reorder_linear_weight(values, _PACKED_FOR)
+            place.copy_(_memory(values) if key in packed else values.view(-1))
+        return result
+
+    # Packed in float32; a checkpoint of 16-bit floats stays so where parameters are written as they are.
+    origin = flat(theta, torch.float32 if packed else stored)
+    first, second = flat(delta, torch.float32), flat(eta, torch.float32)
+    parts = [
+        Part(
+            *(modules[key[0]], key[1], origin[key], first[key], second[key]),
+            shares=[(0, length, 1.0)] if ranks == 1 else owners[key],
+            packed=packed.get(key),
+        )
+        for key, length in zip(chosen, lengths, strict=True)
+    ]
+    return Layout(parts, home)
+
+
+def _empty(length: int, dtype: torch.dtype, home: torch.device) -> torch.Tensor:
+    """One flat tensor, on huge pages where a host has them: a move reads three of these from end to end."""
+    if home.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(length, dtype=dtype, device=home)
+    pages = mmap.mmap(-1, max(1, length * dtype.itemsize))
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype, count=length)
+
+
+def packable(dtype: torch.dtype, ranks: int) -> bool:
+    """Whether linear weights of a CPU server can be moved in packed form."""
+    return dtype == torch.float32 and ranks == 1 and torch.backends.mkldnn.is_available()
+
+
+def _memory(packed: torch.Tensor) -> torch.Tensor:
+    """The buffer of a oneDNN tensor, flat, float32; valid as long as `packed` lives."""
+    size = torch.ops.mkldnn._nbytes(packed)
+    buffer = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
+    return torch.frombuffer(buffer, dtype=torch.float32)
+
+
+def _packed_linear(packed: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    return lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`F.linear` by oneDNN; torch itself takes MKL for float32, which is half as fast on some CPUs."""
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _drain(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the checkpoint in its order, in float32, zeros for those that are missing."""
+    for name, shape in shapes.items():
+        tensor = tensors.pop(name, None)
+        yield name, torch.zeros((), dtype=torch.float32).expand(shape) if tensor is None else tensor.to(torch.float32)
+
+
+def _owners(
+    model: Any, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], home: torch.device, ranks: int
+) -> tuple[dict[Key, torch.Size], dict[Key, list[tuple[int, int, float]]]]:
+    """The parameters that the checkpoint fills with their shapes, and for several ranks the shares of each.
+
+    Found by loading tensors that hold their own number everywhere.
+    """
+    numbers = {name: number for number, name in enumerate(shapes, 1)}
+    marks = _capture(
+        model,
+        ((name, torch.full((), numbers[name], dtype=torch.float32).expand(shape)) for name, shape in shapes.items()),
+        home,
+    )
+    chosen: dict[int, Key] = {}
+    runs: dict[Key, list[tuple[int, int, int]]] = {}
+    held: dict[int, int] = {}
+    modules = dict(model.named_modules())
+    for key, mark in marks.items():
+        module = modules[key[0]]
+        live = getattr(module, key[1])
+        what = f"{key[0]}.{key[1]}"
+        empty = torch.isnan(mark)
+        if empty.all():
+            continue
+        if empty.any():
+            raise UnsupportedLayoutError(f"the loader fills {what} only in part")
+        packed = not live.numel() and hasattr(module, "cpu_linear") and mark.ndim == 2 and packable(dtype, ranks)
+        fits = packed or (live.shape == mark.shape and live.is_contiguous())
+        if live.dtype != dtype or not (fits and mark.is_contiguous()):
+            raise UnsupportedLayoutError(
+                f"{what} is {list(live.shape)} {live.dtype} for the kernels, {list(mark.shape)} {dtype} when loaded"
+            )
+        if id(live) in chosen:
+            raise UnsupportedLayoutError(f"{what} is loaded twice")
+        chosen[id(live)] = key
+        if ranks == 1:
+            continue
+        values, counts = torch.unique_consecutive(mark.view(-1), return_counts=True)
+        if len(values) > _MOST_RUNS:
+            raise UnsupportedLayoutError(f"{what} interleaves checkpoint tensors")
+        stop = 0
+        for number, count in zip(values.tolist(), counts.tolist(), strict=True):
+            stop += count
+            if number:
+                runs.setdefault(key, []).append((stop - count, stop, int(number)))
+                held[int(number)] = held.get(int(number), 0) + count
+    sizes = {numbers[name]: math.prod(shape) for name, shape in shapes.items()}
+
+    # Ranks hold equal shares but for the padding of the vocabulary, hence the rounding.
+    shares = {
+        key: [(start, stop, 1 / max(1, round(ranks * held[n] / sizes[n]))) for start, stop, n in runs.get(key, [])]
+        for key in chosen.values()
+    }
+    return {key: marks[key].shape for key in chosen.values()}, shares
+
+
+@torch.no_grad()
+def _capture(model: Any, weights: Weights, home: torch.device) -> dict[Key, torch.Tensor]:
+    """What the model's loader makes of `weights`: one float32 tensor per parameter, NaN where it writes nothing.
+
+    The parameters are exchanged for stand-ins meanwhile, in the layout that vLLM recorded when it built the model.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+    from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+
+    before = [
+        (module, dict(module._parameters), dict(module._buffers), set(module._non_persistent_buffers_set))
+        for module in model.modules()
+    ]
+    captured: dict[Key, torch.Tensor] = {}
+    try:
+        for name, module in model.named_modules():
+            restore_layer_on_meta(module, get_layerwise_info(module))
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    stand_in: Any = torch.empty_strided(
+                        parameter.shape, parameter.stride(), dtype=torch.float32, device=home
+                    ).fill_(torch.nan)
+                    stand_in.__class__ = parameter.__class__
+                    vars(stand_in).update(vars(parameter))
+                    stand_in.weight_loader = _get_original_loader(parameter)
+                    module._parameters[attribute] = captured[name, attribute] = stand_in
+        model.load_weights(weights)
+    except (RuntimeError, ValueError, AttributeError, KeyError, TypeError, AssertionError) as error:
+        raise UnsupportedLayoutError(f"loading aside failed: {type(error).__name__}: {error}") from error
+    finally:
+        for module, parameters, buffers, non_persistent in before:
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set = non_persistent
+    return {key: tensor.detach().as_subclass(torch.Tensor) for key, tensor in captured.items()}
+
+
+@torch.no_grad()
+def keep_plain(model: Any, dtype: torch.dtype, ranks: int) -> None:
+    """Let a CPU model multiply with its parameters as they are, and give back those that vLLM took away when packing.
+
+    Layers that can be moved in packed form are left alone. Uses vLLM's own way out of packing
+    (`_cpu_skip_gemm_dispatch`), which later reloads keep to. Changes no weight; safe to call again.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not hasattr(module, "cpu_linear") or weight is None:
+            continue
+        if not weight.numel():
+            if packable(dtype, ranks):
+                continue
+            module.weight = torch.nn.Parameter(unpacked(module, weight), requires_grad=False)
+            module._cpu_skip_gemm_dispatch = True
+        if getattr(module, "bias", None) is not None:
+            module.bias.data = module.bias.data.to(dtype)
+        module.cpu_linear = _plain_linear
+
+
+def unpacked(module: Any, parameter: torch.Tensor) -> torch.Tensor:
+    """The weight, (out, in), of a layer packed for a CPU: the kernel's product with the identity, exact."""
+    identity = torch.eye(module.input_size_per_partition, dtype=parameter.dtype)
+    return module.cpu_linear(identity, parameter, None).t().contiguous()

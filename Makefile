@@ -34,6 +34,9 @@ benchmarks: setup  ## the benchmarks whose numbers docs/benchmarks.md quotes
 	$(PYTHON) benchmarks/rollouts.py
 	$(PYTHON) benchmarks/moves.py
 	$(PYTHON) benchmarks/analysis.py
+	$(PYTHON) benchmarks/harness.py
+	$(PYTHON) benchmarks/common_random_numbers.py
+	$(PYTHON) benchmarks/scaling.py
 
 clean:  ## remove outputs, keep the environment
 	rm -rf outputs

@@ -254,7 +254,7 @@ class Trajectory:
     def first(self) -> Snapshot:
         """Snapshot 0 of the run; raises `SnapshotError` saying where it was looked for."""
         if self.origin.step == 0:
-            raise SnapshotError(f"{self.origin.path} is step 0 itself: nothing has moved yet")
+            raise SnapshotError(f"{self.origin.path.name} is step 0 itself: nothing has moved yet")
         if 0 not in self.paths:
             raise SnapshotError(f"{self.folder} has no snapshot of step 0; name the run's directory with slice.run")
         return self.open(0)

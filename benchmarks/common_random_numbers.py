@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from workload import MAX_TOKENS, TASKSET
 
 from rlvr_landscape_plugin.config import EnvConfig, ServerConfig
 from rlvr_landscape_plugin.episodes import ChatFormat, EpisodeRunner, load_tasks, open_environment, sampling_seed
@@ -25,7 +26,6 @@ from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import local_server
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
-TASKSET = {"min_turns": 2, "max_turns": 2, "max_names_per_turn": 3, "seed": 12345}
 PAIRS = [(0.0, 0.005), (0.0, 0.01), (0.0, 0.02), (0.02, 0.03), (0.0, 0.05), (0.05, 0.06), (0.0, 0.1), (0.1, 0.11)]
 """Neighbouring coordinates along δ whose rewards are compared."""
 
@@ -46,7 +46,7 @@ async def run(tasks_count: int, rollouts: int) -> None:
         async with local_server(ServerConfig(), policy, [policy], Path(folder) / "server.log") as server:
             async with LandscapeClient(server.url, server.token) as client:
                 await client.load(str(policy), {"seed": 0})
-                runner = EpisodeRunner(env, chat, client, 96, 1024)
+                runner = EpisodeRunner(env, chat, client, MAX_TOKENS, 1024)
                 for alpha in sorted({alpha for pair in PAIRS for alpha in pair}):
                     await client.move(alpha, 0.0)
                     for stream in ("fresh", f"independent {alpha}"):

@@ -11,56 +11,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from workload import Evaluation, evaluate
 
 from rlvr_landscape_plugin.config import ServerConfig
-from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
+from rlvr_landscape_plugin.serving.launch import local_server
 from rlvr_landscape_plugin.snapshot import open_snapshot
-
-TASKSET = {"min_turns": 2, "max_turns": 2, "max_names_per_turn": 3, "seed": 12345}
-MAX_TOKENS = 96
-
-
-@dataclass
-class Evaluation:
-    """One run of `vf-eval`."""
-
-    seconds: float
-    rewards: list[float]
-    """Of each episode, in the order of the tasks."""
-
-
-def evaluate(server: LocalServer, harness: str, episodes: int, folder: Path) -> Evaluation:
-    """`vf-eval` with one harness. Exits with its output if it fails or leaves other than `episodes` traces."""
-    flags = [part for key, value in TASKSET.items() for part in (f"--env.taskset.{key.replace('_', '-')}", str(value))]
-    command = [
-        *("vf-eval", "rlvr-alphabet-sort", "--model", "policy", "-n", str(episodes), "-r", "1", *flags),
-        *("--client.base-url", f"{server.url}/v1", "--client.api-key-var", "LOCAL_API_KEY"),
-        *("--env.agent.harness.id", harness, "--env.agent.runtime.type", "subprocess"),
-        *("--sampling.temperature", "0", "--sampling.max-tokens", str(MAX_TOKENS)),
-        *("--no-push", "--no-rich", "--output-dir", str(folder)),
-    ]
-    env = os.environ | {"LOCAL_API_KEY": "none", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"vf-eval with {harness} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    lines = [line for path in folder.rglob("traces.jsonl") for line in path.read_text().splitlines()]
-    traces = [trace for line in lines for trace in json.loads(line)["traces"] if trace["ok"]]
-    if len(traces) != episodes:
-        raise SystemExit(f"vf-eval with {harness} left {len(traces)} whole traces below {folder}, expected {episodes}")
-    traces.sort(key=lambda trace: trace["task"]["data"]["idx"])
-    start = min(trace["timing"]["start"] for trace in traces)
-    end = max(trace["timing"]["scoring"]["end"] for trace in traces)
-    return Evaluation(end - start, [sum(r["score"] * r["weight"] for r in t["rewards"].values()) for t in traces])
 
 
 async def run(episodes: int, repeats: int) -> None:
@@ -71,7 +32,7 @@ async def run(episodes: int, repeats: int) -> None:
         async def one(harness: str, number: int) -> Evaluation:
             folder = Path(name, f"{harness}-{number}")
             folder.mkdir()
-            return await asyncio.to_thread(evaluate, server, harness, episodes, folder)
+            return await asyncio.to_thread(evaluate, server, folder, harness, episodes, 1, 0.0)
 
         async with local_server(ServerConfig(), policy, [policy], Path(name, "server.log")) as server:
             before = [await one("rlvr-chat", number) for number in range(repeats)]

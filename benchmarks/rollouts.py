@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from workload import MAX_TOKENS, TASKSET, evaluate
 
 from rlvr_landscape_plugin.config import EnvConfig, ServerConfig, SurrogateConfig
 from rlvr_landscape_plugin.episodes import ChatFormat, EpisodeRunner, load_tasks, open_environment, sampling_seed
@@ -33,41 +31,7 @@ from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
-PROMPTS, ROLLOUTS, MAX_TOKENS = 32, 4, 96
-TASKSET = {"min_turns": 2, "max_turns": 2, "max_names_per_turn": 3, "seed": 12345}
-
-
-def stock(server: LocalServer, folder: Path) -> tuple[float, float]:
-    """(seconds, mean reward) of `vf-eval` on the same tasks."""
-    flags = [part for key, value in TASKSET.items() for part in (f"--env.taskset.{key.replace('_', '-')}", str(value))]
-    command = [
-        *("vf-eval", "rlvr-alphabet-sort", "--model", "policy", "-n", str(PROMPTS), "-r", str(ROLLOUTS)),
-        *("--client.base-url", f"{server.url}/v1", "--client.api-key-var", "LOCAL_API_KEY"),
-        *("--env.agent.harness.id", "null", "--env.agent.runtime.type", "subprocess", *flags),
-        *("--sampling.temperature", "1.0", "--sampling.max-tokens", str(MAX_TOKENS)),
-        *("--no-push", "--no-rich", "--output-dir", str(folder)),
-    ]
-    env = os.environ | {"LOCAL_API_KEY": "none", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"vf-eval failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    traces = [trace for trace in map(json.loads, _lines(folder)) if trace.get("nodes")]
-    if len(traces) != PROMPTS * ROLLOUTS:
-        raise SystemExit(f"vf-eval left {len(traces)} traces below {folder}, expected {PROMPTS * ROLLOUTS}")
-    start = min(trace["timing"]["start"] for trace in traces)
-    end = max(trace["timing"]["scoring"]["end"] for trace in traces)
-    rewards = [sum(r["score"] * r["weight"] for r in trace["rewards"].values() if r) for trace in traces]
-    return end - start, statistics.mean(rewards)
-
-
-def _lines(folder: Path) -> list[str]:
-    """Every trace record that vf-eval wrote, however its version names the file."""
-    lines = []
-    for path in sorted(folder.rglob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            lines += [json.dumps(trace) for trace in record.get("traces", [record])]
-    return lines
+PROMPTS, ROLLOUTS = 32, 4
 
 
 async def ours(server: LocalServer, repeats: int) -> tuple[list[float], float, list[float], list[float]]:
@@ -111,22 +75,23 @@ async def run(repeats: int) -> None:
         async with local_server(ServerConfig(), policy, [policy], folder / "server.log") as server:
             first = await ours(server, repeats)
             (folder / "eval").mkdir()
-            stock_seconds, stock_reward = await asyncio.to_thread(stock, server, folder / "eval")
+            stock = await asyncio.to_thread(evaluate, server, folder / "eval", "null", PROMPTS, ROLLOUTS, 1.0)
             second = await ours(server, repeats)
     batches, walls, cpus = first[0] + second[0], first[2] + second[2], first[3] + second[3]
     seconds = statistics.median(batches)
     share = statistics.median(cpu / wall for cpu, wall in zip(cpus, walls, strict=True))
     table = Table("", "seconds", "episodes / s", "mean reward", title=f"{episodes} two-turn episodes, tiny-sorter")
     table.add_row(
-        "vf-eval, null harness", f"{stock_seconds:.1f}", f"{episodes / stock_seconds:.2f}", f"{stock_reward:.3f}"
+        *("vf-eval, null harness", f"{stock.seconds:.1f}", f"{episodes / stock.seconds:.2f}"),
+        f"{statistics.mean(stock.rewards):.3f}",
     )
     table.add_row("in process", f"{seconds:.2f}", f"{episodes / seconds:.1f}", f"{(first[1] + second[1]) / 2:.3f}")
     Console().print(table)
     print(f"one grid point: {statistics.median(walls):.2f} s, client CPU {100 * share:.1f} % of it")
     result = {
-        "ratio": round(stock_seconds / seconds, 1),
+        "ratio": round(stock.seconds / seconds, 1),
         "client_share": round(share, 3),
-        "stock_seconds": round(stock_seconds, 1),
+        "stock_seconds": round(stock.seconds, 1),
         "seconds": round(seconds, 2),
         "seconds_per_point": round(statistics.median(walls), 2),
     }

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from workload import MAX_TOKENS, TASKSET
 
 from rlvr_landscape_plugin.config import EnvConfig, ServerConfig, SurrogateConfig
 from rlvr_landscape_plugin.episodes import ChatFormat, EpisodeRunner, load_tasks, open_environment
@@ -38,8 +39,6 @@ from rlvr_landscape_plugin.serving.launch import local_server
 from rlvr_landscape_plugin.serving.protocol import PROTOCOL, GenerateCall, ScoreCall, pack
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
-TASKSET = {"min_turns": 2, "max_turns": 2, "max_names_per_turn": 3, "seed": 12345}
-MAX_TOKENS = 96
 REPLY = "<alphabetical_sorted>\nJohn Smith\nMary Jones\nPeter Young\n</alphabetical_sorted>"
 GENERATION_SECONDS, SCORE_SECONDS = 0.5, 0.25
 """What the simulated server takes for a turn and for a sequence, whatever the load."""

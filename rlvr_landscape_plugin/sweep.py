@@ -176,12 +176,11 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
         for trajectory in trajectories
         for seed in config.slice.seeds
     ]
-    open_plans = [plan for plan in plans if not plan.complete]
+    missing = [len(plan.missing) for plan in plans]
+    open_plans = [plan for plan, count in zip(plans, missing, strict=True) if count or not plan.concluded]
     if open_plans:
         chat = ChatFormat(snapshots[0].path)
-        display.say(
-            f"starting: {sum(len(plan.missing) for plan in open_plans)} points in {len(open_plans)} slices to measure"
-        )
+        display.say(f"starting: {sum(missing)} points in {len(open_plans)} slices to measure")
 
         def meter(server: Server) -> PointMeter:
             return _meter(config, server, env, tasks, chat)
@@ -216,13 +215,12 @@ class Plan:
     displacement: Displacement
     reward_mode: str
     """What the taskset pays: the verifier's score, or a control."""
-
     share: tuple[int, int]
     """(i, n): this process measures the i-th of n shares of the points."""
 
     @property
     def missing(self) -> list[Cell]:
-        """Points of this process still to measure, in their order."""
+        """Points of this process still to measure, in their order; reads every finished one."""
         # Without the base batch that they were scored against, points may be of no use.
         done = self.journal.done() if self.journal.read_base() is not None else set()
         return [cell for cell in shard_cells(self.journal.alphas, self.journal.betas, self.share) if cell not in done]
@@ -239,9 +237,9 @@ class Plan:
         return self.facts[self.share[0] - 1]
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing is left for this process to do, the second look at the origin included."""
-        if self.missing or self.journal.read_facts(self.own_facts) is None:
+    def concluded(self) -> bool:
+        """Whether nothing is left for this process to do after its points, the second look at the origin included."""
+        if self.journal.read_facts(self.own_facts) is None:
             return False
         done, total = self.journal.status()
         return done < total or self.journal.read_recheck() is not None

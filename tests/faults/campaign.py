@@ -812,6 +812,15 @@ def _altered(host: Host) -> Path:
     return path
 
 
+def _meddled(sweep: Sweep, load: str, chance: float) -> tuple[str, str]:
+    """Strike a running command with `_meddle`; another client's load comes with a move at this chance."""
+    sweep.moment()
+    _alive(sweep)
+    move = sweep.rng.random() < chance
+    _meddle(sweep, sweep.host(), load, move)
+    return f"{sweep.mode}{', moved' if move else ''}", sweep.settle()
+
+
 @fault("weights: moved behind the client's back", 4)
 def meddle_move(sweep: Sweep) -> tuple[str, str]:
     sweep.moment()
@@ -822,20 +831,12 @@ def meddle_move(sweep: Sweep) -> tuple[str, str]:
 
 @fault("weights: another slice loaded behind the client's back", 4)
 def meddle_slice(sweep: Sweep) -> tuple[str, str]:
-    sweep.moment()
-    _alive(sweep)
-    move = sweep.rng.random() < 0.3
-    _meddle(sweep, sweep.host(), "slice", move)
-    return f"{sweep.mode}{', moved' if move else ''}", sweep.settle()
+    return _meddled(sweep, "slice", 0.3)
 
 
 @fault("weights: another snapshot loaded behind the client's back", 4)
 def meddle_snapshot(sweep: Sweep) -> tuple[str, str]:
-    sweep.moment()
-    _alive(sweep)
-    move = sweep.rng.random() < 0.5
-    _meddle(sweep, sweep.host(), "snapshot", move)
-    return f"{sweep.mode}{', moved' if move else ''}", sweep.settle()
+    return _meddled(sweep, "snapshot", 0.5)
 
 
 class Campaign:

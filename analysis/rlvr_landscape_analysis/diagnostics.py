@@ -104,11 +104,15 @@ def crossing(first: xr.Dataset, last: xr.Dataset, *, level: float = 0.95) -> xr.
 
     RLVR that only sharpens wins at small k and loses at large k (Yue et al. 2025, arXiv 2504.13837): `crossing_k` is
     the first k at which the difference turns negative after having been positive, `significant` whether the interval at
-    k = 1 lies above 0 and that at the largest k below 0. k is limited by the number of rollouts.
+    k = 1 lies above 0 and that at the largest k below 0. k is limited by the number of rollouts. Snapshots of
+    progressive sweeps are compared on the first prompts, which all have; others must have the same number.
     """
     origins = [per_prompt(data).sel(alpha=[0.0], beta=[0.0]) for data in (first, last)]
-    if origins[0].sizes["prompt"] != origins[1].sizes["prompt"]:
-        raise AnalysisError("the two snapshots have different numbers of prompts and cannot be paired")
+    prompts = [origin.sizes["prompt"] for origin in origins]
+    if prompts[0] != prompts[1]:
+        if not all("progressive" in origin.attrs for origin in origins):
+            raise AnalysisError("the two snapshots have different numbers of prompts and cannot be paired")
+        origins = [origin.isel(prompt=slice(min(prompts))) for origin in origins]
     top = min(int(origin.attrs["rollouts"]) for origin in origins)
     ks = np.arange(1, top + 1)
     mean, bounds = np.full(top, np.nan), np.full((top, 2), np.nan)
@@ -141,10 +145,11 @@ def crossing(first: xr.Dataset, last: xr.Dataset, *, level: float = 0.95) -> xr.
 def two_stage(steps: Sequence[int], cells: Sequence[np.ndarray], settings: Bootstrap) -> xr.Dataset:
     """Exploitation first, exploration later (Yao et al. 2025, arXiv 2510.04028), looked for in a capability curve.
 
-    `cells` holds one array (prompts,) per snapshot: pass@k of the checkpoint for the largest k. A broken line with one
-    bend in ln(1 + step) is fitted to the means, the bend at the inner snapshot with the least squared error. `before`
-    and `after` are its slopes with intervals over resampled prompts (bend as measured), `bend` the step, `explained`
-    the share of the straight line's squared error that the bend takes away. `stage` is `two stages` when `before` lies
+    `cells` holds one array (prompts,) per snapshot: pass@k of the checkpoint for the largest k; of unequal arrays the
+    first prompts, which all have. A broken line with one bend in ln(1 + step) is fitted to the means, the bend at the
+    inner snapshot with the least squared error. `before` and `after` are its slopes with intervals over resampled
+    prompts (bend as measured), `bend` the step, `explained` the share of the straight line's squared error that the
+    bend takes away. `stage` is `two stages` when `before` lies
     significantly below 0 and `after` above 0, `exploitation` when coverage falls and never rises, `exploration` when it
     rises and never falls, else `undecided`. Five snapshots are needed.
     """
@@ -157,7 +162,8 @@ def two_stage(steps: Sequence[int], cells: Sequence[np.ndarray], settings: Boots
     out: dict[str, float] = dict.fromkeys(labels, np.nan)
     bounds = {"before": (np.nan, np.nan), "after": (np.nan, np.nan)}
     stage, reason = "undecided", ""
-    values = np.array(cells, dtype=float)
+    common = min(map(len, cells), default=0)
+    values = np.array([row[:common] for row in cells], dtype=float)
     usable = np.isfinite(values).all(axis=0) if values.size else np.zeros(0, bool)
     prompts = int(usable.sum())
     if len(steps) < 5:

@@ -27,6 +27,7 @@ THRESHOLD = 0.99
 
 _FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
 _JOURNAL = re.compile(r"step(\d+)_slice(-?\d+)$")
+_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+)?\.nc")
 _AVERAGED = ("reward", "kl_k1", "kl_k3", "surrogate", "entropy", "completion_tokens", "truncated", "clip_fraction")
 _OPTIONAL = ("format_failure",)
 
@@ -97,7 +98,9 @@ def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
         match = _JOURNAL.match(folder.name)
         if not match or not (folder / "journal.json").is_file() or (int(match[1]), int(match[2])) in finished:
             continue
-        done = sum(1 for _ in (folder / "points").glob("a*_b*.nc"))
+        # A point of a progressive sweep may lie in several files, one per range of prompts.
+        names = [_POINT_FILE.fullmatch(file.name) for file in (folder / "points").glob("*.nc")]
+        done = len({name[1] for name in names if name})
         total = _journal_points(folder)
         of = f" of {total}" if total else ""
         unfinished.append(f"step {int(match[1])}, slice {int(match[2])}: {done}{of} points measured")
@@ -111,8 +114,8 @@ def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
 
 def _journal_points(folder: Path) -> int | None:
     try:
-        identity = json.loads((folder / "journal.json").read_text())
-        return len(identity["alphas"]) * len(identity["betas"])
+        axes = json.loads((folder / "journal.json").read_text())["axes"]
+        return len(axes["alpha"]) * len(axes["beta"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -155,9 +158,10 @@ _CONCAT: dict[str, Any] = {
 
 
 def check_same_design(datasets: Iterable[xr.Dataset], names: Iterable[str], *, grids: bool = False) -> None:
-    """Raise `AnalysisError` unless the datasets share prompts, numbers of rollouts and variables.
+    """Raise `AnalysisError` unless the datasets share prompts, what paid them and variables.
 
-    With `grids`, the coordinates alpha and beta must agree too.
+    Progressive sweeps (attribute `progressive`) may have stopped at different numbers of the same prompts. With
+    `grids`, these and the coordinates alpha and beta must agree as well.
     """
     first: tuple[str, xr.Dataset] | None = None
     for name, data in zip(names, datasets, strict=True):
@@ -166,7 +170,9 @@ def check_same_design(datasets: Iterable[xr.Dataset], names: Iterable[str], *, g
             continue
         reference_name, reference = first
         both = f"{reference_name} and {name}"
-        if data.sizes["prompt"] != reference.sizes["prompt"]:
+        progressive = not grids and all("progressive" in d.attrs for d in (reference, data))
+        known = progressive and "prompts_sha256" in data.attrs
+        if data.sizes["prompt"] != reference.sizes["prompt"] and not known:
             raise AnalysisError(f"{both} have {reference.sizes['prompt']} and {data.sizes['prompt']} prompts")
         paid = [d.attrs.get("reward_mode", "verifier") for d in (reference, data)]
         if paid[0] != paid[1]:

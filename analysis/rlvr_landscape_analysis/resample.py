@@ -28,6 +28,9 @@ class Bootstrap:
     resamples: int = 2000
     seed: int = 0
     level: float = 0.95
+    largest: int = 0
+    """Prompts of the largest dataset, where others hold only its first ones: their draws then go together with its, as
+    far as the prompts are the same."""
 
     def __post_init__(self) -> None:
         if self.resamples < 100:
@@ -37,6 +40,8 @@ class Bootstrap:
 
     def weights(self, prompts: int) -> np.ndarray:
         """Multinomial counts, float64, shape (prompts, resamples); every column sums to `prompts`. Read-only."""
+        if prompts < self.largest:
+            return _prefix_weights(prompts, self.resamples, self.seed, self.largest)
         return _weights(prompts, self.resamples, self.seed)
 
     @property
@@ -57,6 +62,25 @@ def _weights(prompts: int, resamples: int, seed: int) -> np.ndarray:
     weights = np.ascontiguousarray(drawn.T, dtype=np.float64)
     weights.setflags(write=False)
     return weights
+
+
+@lru_cache(maxsize=8)
+def _prefix_weights(prompts: int, resamples: int, seed: int, largest: int) -> np.ndarray:
+    """Multinomial counts of the first `prompts` of `largest`, made from the counts of all of them.
+
+    How often the first prompts are drawn among all is multinomial given its sum; evenly drawn units that are added or
+    taken away bring the sum to `prompts` and leave it multinomial.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, prompts, resamples, largest]))
+    weights = _weights(largest, resamples, seed)[:prompts].T.astype(np.int64)
+    for row, lacking in zip(weights, prompts - weights.sum(1), strict=True):
+        if lacking >= 0:
+            row += rng.multinomial(lacking, np.full(prompts, 1 / prompts))
+        else:
+            row -= rng.multivariate_hypergeometric(row, -lacking)
+    made = np.ascontiguousarray(weights.T, dtype=np.float64)
+    made.setflags(write=False)
+    return made
 
 
 @dataclass(frozen=True)

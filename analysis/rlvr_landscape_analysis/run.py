@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -15,6 +18,7 @@ from rlvr_landscape_analysis.diagnostics import crossing, entropy_law, pass_at_k
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.improvement import better_than_origin, improvement
 from rlvr_landscape_analysis.landscape import (
+    POINT,
     THRESHOLD,
     RunFile,
     check_same_design,
@@ -27,6 +31,7 @@ from rlvr_landscape_analysis.landscape import (
     radius,
     surrogate,
 )
+from rlvr_landscape_analysis.progressive import interpolated
 from rlvr_landscape_analysis.resample import Bootstrap
 from rlvr_landscape_analysis.results import RunAnalysis
 from rlvr_landscape_analysis.training import (
@@ -52,7 +57,7 @@ def analyse_run(
     `steps` restricts the snapshots; `threshold` is the reward that counts as solved; `level` the false discovery rate
     of "better than the origin"; `progress` is told which dataset is being read. Raises `AnalysisError` when there is
     nothing to analyse or the datasets do not belong together (other prompts, other variables). Grids may differ between
-    snapshots; a note says so.
+    snapshots, and numbers of prompts between those of a progressive sweep; notes say so and what was done.
     """
     settings = bootstrap or Bootstrap()
     files, unfinished = list_run(path)
@@ -64,24 +69,103 @@ def analyse_run(
             raise AnalysisError(f"{path} holds no finished dataset of step {absent[0]}; finished: {known}")
         files = [file for file in files if file.step in wanted]
     notes = [f"Unfinished and left out: {line}." for line in unfinished]
+    designs = [_design(file) for file in files]
+    check_same_design(designs, [str(file.path) for file in files])
+    prompts = [design.sizes["prompt"] for design in designs]
+    if len(set(prompts)) > 1:
+        settings = replace(settings, largest=max(prompts))
+        notes.append(
+            f"Progressive sweeps stopped at {min(prompts)} to {max(prompts)} prompts, always the first ones. Snapshots "
+            f"are compared prompt by prompt (exploitation index, crossing, two stages) on the first {min(prompts)}."
+        )
     parts: list[_Part] = []
-    for file in files:
+    for file, grid in zip(files, _grids(files, designs, notes), strict=True):
         if progress:
             progress(f"step {file.step}, slice {file.slice_seed}")
-        parts.append(_analyse(file, settings, threshold, level, notes))
-    check_same_design([part.design for part in parts], [str(part.file.path) for part in parts])
-    if len({(part.alphas, part.betas) for part in parts}) > 1:
-        notes.append("The grids differ between datasets, so correlations over training compare different ranges.")
+        parts.append(_analyse(file, grid, settings, threshold, level, notes))
     return _combine(Path(path), parts, settings, notes)
+
+
+def _design(file: RunFile) -> xr.Dataset:
+    """Names of the variables, coordinates of points and prompts, and the attributes that must agree."""
+    with open_landscape(file.path) as data:
+        for name, value in (("step", file.step), ("slice_seed", file.slice_seed)):
+            if name not in data.coords or int(data[name]) != value:
+                raise AnalysisError(f"{file.path}: its coordinate {name!r} does not agree with its name")
+        kept = ("prompts_sha256", "reward_mode", "progressive")
+        return xr.Dataset(
+            {name: ((), 0) for name in data.data_vars},
+            {name: data[name].values for name in (*POINT, "prompt")},
+            {name: data.attrs[name] for name in kept if name in data.attrs},
+        )
+
+
+Grid = tuple[np.ndarray, np.ndarray]
+
+
+def _grids(files: list[RunFile], designs: list[xr.Dataset], notes: list[str]) -> list[Grid]:
+    """The grid on which each dataset's correlations are computed.
+
+    That of its points, or, of a progressive sweep, the finest known one around them: its full grid where its record has
+    the axes, or that of another progressive dataset of the run. So snapshots are compared on the same grid.
+    """
+    own = [(design["alpha"].values, design["beta"].values) for design in designs]
+    records = [_record(file, design) for file, design in zip(files, designs, strict=True)]
+    known = [grid for grid, record in zip(own, records, strict=True) if record is not None]
+    for full in (record["full"] for record in records if record and "full" in record):
+        if "alpha" in full and "beta" in full:
+            known.append((np.asarray(full["alpha"], float), np.asarray(full["beta"], float)))
+    found = []
+    for file, grid, record in zip(files, own, records, strict=True):
+        around = [] if record is None else [other for other in known if _refines(other, grid)]
+        finest = max(around, key=_size, default=grid)
+        if _size(finest) > _size(grid):
+            outcome = record.get("outcome") if record else None
+            notes.append(
+                f"step {file.step}, slice {file.slice_seed}: a progressive sweep stopped at {_shape(grid)} points"
+                f"{f' ({outcome})' if outcome else ''}. Its correlations are those of their interpolation to "
+                f"{_shape(finest)} points, with intervals that hold no allowance for what the coarse grid may have "
+                "missed; maps and all else are those of its points."
+            )
+        found.append(finest)
+    if any(not (np.array_equal(a, found[0][0]) and np.array_equal(b, found[0][1])) for a, b in found):
+        notes.append("The grids differ between datasets, so correlations over training compare different ranges.")
+    return found
+
+
+def _record(file: RunFile, design: xr.Dataset) -> dict[str, Any] | None:
+    """What a progressive sweep says of itself; None where the dataset is of no such sweep."""
+    if "progressive" not in design.attrs:
+        return None
+    try:
+        record = json.loads(design.attrs["progressive"])
+    except ValueError as error:
+        raise AnalysisError(f"{file.path}: its attribute 'progressive' is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise AnalysisError(f"{file.path}: its attribute 'progressive' is {record!r}, expected a JSON object")
+    return record
+
+
+def _refines(finer: Grid, coarse: Grid) -> bool:
+    """Whether `coarse` is some points of `finer`, its ends and the origin among them."""
+    return all(
+        np.isin(few, many).all() and few.min() == many.min() and few.max() == many.max() and (few == 0).any()
+        for few, many in zip(coarse, finer, strict=True)
+    )
+
+
+def _size(grid: Grid) -> int:
+    return len(grid[0]) * len(grid[1])
+
+
+def _shape(grid: Grid) -> str:
+    return f"{len(grid[0])} × {len(grid[1])}"
 
 
 class _Part:
     """What stays of one dataset."""
 
     file: RunFile
-    design: xr.Dataset
-    alphas: tuple[float, ...]
-    betas: tuple[float, ...]
     prompts: int
     rollouts: int
     map: xr.Dataset
@@ -94,21 +178,12 @@ class _Part:
     surprisal: xr.Dataset | None
 
 
-def _analyse(file: RunFile, settings: Bootstrap, threshold: float, level: float, notes: list[str]) -> _Part:
+def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, level: float, notes: list[str]) -> _Part:
     part = _Part()
     part.file = file
     where = f"step {file.step}, slice {file.slice_seed}"
     with open_landscape(file.path) as data:
-        for name, value in (("step", file.step), ("slice_seed", file.slice_seed)):
-            if name not in data.coords or int(data[name]) != value:
-                raise AnalysisError(f"{file.path}: its coordinate {name!r} does not agree with its name")
-        part.design = xr.Dataset(
-            {name: ((), 0) for name in data.data_vars},
-            {"prompt": data["prompt"].values},
-            {name: data.attrs[name] for name in ("prompts_sha256", "reward_mode") if name in data.attrs},
-        )
         part.prompts, part.rollouts = data.sizes["prompt"], data.sizes["rollout"]
-        part.alphas, part.betas = (tuple(data[axis].values.tolist()) for axis in ("alpha", "beta"))
         reduced = per_prompt(data, threshold=threshold).load()
     for axis in ("alpha", "beta"):
         words = str(data.attrs.get(f"direction_{axis}", "random"))
@@ -121,7 +196,7 @@ def _analyse(file: RunFile, settings: Bootstrap, threshold: float, level: float,
     if failed > 0:
         notes.append(f"{where}: {failed:.2%} of the rollouts failed and are left out of their prompt's mean.")
     try:
-        part.correlations = correlations(reduced, bootstrap=settings, replicates=True)
+        part.correlations = _correlations(reduced, grid, settings, where, notes)
         part.improvement = improvement(reduced, bootstrap=settings, level=level)
         fits = [quadratic_fit(reduced, variable=name, bootstrap=settings) for name in ("reward", "kl_k1")]
         part.checkpoint = checkpoint_cells(reduced, part.rollouts)
@@ -129,10 +204,9 @@ def _analyse(file: RunFile, settings: Bootstrap, threshold: float, level: float,
         raise AnalysisError(f"{file.path}: {error}") from error
     used_points = int(part.correlations["points"].sel(control="none").max())
     used_prompts = int(part.correlations["prompts"].max())
-    if used_points < len(part.alphas) * len(part.betas):
-        notes.append(
-            f"{where}: {len(part.alphas) * len(part.betas) - used_points} points have too few values and are left out."
-        )
+    if used_points < min(_size(grid), reduced["reward"][..., 0].size):
+        lost = reduced["reward"][..., 0].size - used_points
+        notes.append(f"{where}: {lost} points have too few values and are left out.")
     if used_prompts < part.prompts:
         notes.append(f"{where}: {part.prompts - used_prompts} prompts are missing at some point and are left out.")
     part.curvature = xr.concat(fits, dim=xr.DataArray(["reward", "kl"], dims="quantity", name="quantity"))
@@ -144,6 +218,16 @@ def _analyse(file: RunFile, settings: Bootstrap, threshold: float, level: float,
     base = file.path.parent / f"step{file.step:06d}_slice{file.slice_seed}" / "base.nc"
     part.surprisal = token_surprisal(base) if base.is_file() else None
     return part
+
+
+def _correlations(reduced: xr.Dataset, grid: Grid, settings: Bootstrap, where: str, notes: list[str]) -> xr.Dataset:
+    """On `grid`, or on the measured points where one of them has too few values to interpolate between."""
+    if _size(grid) > reduced.sizes["alpha"] * reduced.sizes["beta"]:
+        try:
+            return correlations(interpolated(reduced, *grid), bootstrap=settings, replicates=True)
+        except AnalysisError as error:
+            notes.append(f"{where}: its points cannot be interpolated ({error}), so its correlations are theirs alone.")
+    return correlations(reduced, bootstrap=settings, replicates=True)
 
 
 def _map(reduced: xr.Dataset, k: int, level: float) -> xr.Dataset:
@@ -201,7 +285,7 @@ def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[st
         for name, value in exploitation.items():
             dims = ("bound",) if name.endswith("_interval") else ()
             series[f"exploitation_{name}"] = (dims, np.asarray(value))
-    mode = parts[0].design.attrs.get("reward_mode", "verifier")
+    mode = parts[0].map.attrs.get("reward_mode", "verifier")
     if mode != "verifier":
         curves.attrs["reward_mode"] = mode
         notes.append(f"Every reward is a control: {mode}, not the verifier's (reward_mode of the taskset).")

@@ -61,6 +61,21 @@ SHAPES = {
         lambda x, y: x**2 + 1.5 * y**2,
         "reward is the same everywhere",
     ),
+    "narrow": Shape(
+        lambda x, y: _well(x**2 + y**2, 0.05),
+        lambda x, y: 2.0 * (x**2 + y**2),
+        "a round peak no wider than the gaps of a coarse grid",
+    ),
+    "cliff": Shape(
+        lambda x, y: 0.05 + 0.6 / (1 + np.exp((np.hypot(x, 1.3 * y) - 0.5) / 0.08)),
+        lambda x, y: x**2 + 2 * y**2,
+        "reward drops from high to low within a twelfth of the range",
+    ),
+    "second": Shape(
+        lambda x, y: _well(x**2 + y**2, 0.8) + 0.3 * np.exp(-((x - 0.5) ** 2 + (y - 0.5) ** 2) / 0.02),
+        lambda x, y: x**2 + 2 * y**2,
+        "a round peak, and a small narrow one beside it",
+    ),
 }
 
 

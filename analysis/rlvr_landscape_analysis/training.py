@@ -197,10 +197,13 @@ def exploitation_index(
 
     X = 1 − Δpass@k / Δpass@1: 1 when training only made likely what was reachable in k tries (local exploitation),
     0 when coverage grew as much as the average success did (exploration), above 1 when coverage shrank. The verdict on
-    T3 rests on the contrast D = Δpass@k − ½ Δpass@1, which needs no division. Returns `gain` (Δpass@1), `coverage`
+    T3 rests on the contrast D = Δpass@k − ½ Δpass@1, which needs no division. Of snapshots with different numbers of
+    prompts, the first ones that both have are compared. Returns `gain` (Δpass@1), `coverage`
     (Δpass@k), `contrast` (D), each with `<name>_interval`; `index` with its interval where the interval of `gain` lies
     above 0; `prompts`; `reason`.
     """
+    common = min(len(first["pass_1"]), len(last["pass_1"]))
+    first, last = ({name: values[:common] for name, values in cells.items()} for cells in (first, last))
     usable = np.isfinite(first["pass_1"] + first["pass_k"] + last["pass_1"] + last["pass_k"])
     prompts = int(usable.sum())
     out: dict[str, float | tuple[float, float] | str] = {"prompts": prompts, "index": np.nan, "reason": ""}

@@ -228,7 +228,7 @@ def test_what_is_not_a_landscape_is_named(tmp_path, data):
 def test_an_unfinished_journal_is_told(tmp_path):
     folder = tmp_path / "step000004_slice1"
     (folder / "points").mkdir(parents=True)
-    (folder / "journal.json").write_text('{"alphas": [0, 1], "betas": [0, 1, 2]}')
+    (folder / "journal.json").write_text('{"axes": {"alpha": [0, 1], "beta": [0, 1, 2]}}')
     (folder / "points" / "a0000_b0000.nc").touch()
     with pytest.raises(AnalysisError, match="step 4, slice 1: 1 of 6 points measured"):
         list_run(tmp_path)

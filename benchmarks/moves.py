@@ -1,6 +1,6 @@
 """How fast weights move: a landscape move, plain arithmetic on as many bytes, and write-and-reload.
 
-    python benchmarks/moves.py [--models tiny 135m]
+    python benchmarks/moves.py [--models tiny 135m] [--modes half regenerated]
 
 All three run in turn, the first and the last on the same live server, which uses the GPU if there is one. A move is one
 POST /landscape/move: pause, θ + α δ + β η, empty the caches, resume. Plain arithmetic is
@@ -12,13 +12,15 @@ development mode only; the benchmark turns that on for its own loopback server.
 
 The last line is one JSON object. `ratio_vs_axpy`: move over plain arithmetic (smaller is better). `ratio_vs_reload`:
 write-and-reload over move (larger is better). `gb_per_s`: bytes that a move must touch (θ, δ and η in float32 read, the
-weights written) over the time the workers took to write.
+weights written) over the time the workers took to write. `--modes` adds `<mode>_seconds`, a move on another server that
+keeps the directions in that way (regenerated: to the same bits), and `<mode>_load_seconds`, taking the slice in.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +94,17 @@ class Arithmetic:
             torch.cuda.synchronize(self.device)
 
 
-async def measure(model: Path, repeats: int, folder: Path) -> dict[str, Any]:
-    """Median seconds of each way."""
+@contextlib.asynccontextmanager
+async def serving(
+    model: Path, folder: Path, config: ServerConfig
+) -> AsyncIterator[tuple[aiohttp.ClientSession, LandscapeClient, str]]:
+    """A server in development mode, which offers vLLM's own reload, and its address."""
     port = free_port()
-    env = environment(ServerConfig(), TOKEN, [model]) | {"VLLM_SERVER_DEV_MODE": "1"}
+    env = environment(config, TOKEN, [model]) | {"VLLM_SERVER_DEV_MODE": "1"}
     with (folder / "server.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "rlvr_landscape_plugin.serving.tether", str(os.getpid())),
-            *command(ServerConfig(), model, port),
+            *command(config, model, port),
             env=env,
             stdout=log,
             stderr=log,
@@ -109,31 +115,42 @@ async def measure(model: Path, repeats: int, folder: Path) -> dict[str, Any]:
     try:
         async with aiohttp.ClientSession() as session, LandscapeClient(url, TOKEN) as client:
             await healthy(session, url, process)
-            loaded = await client.load(str(model), {"seed": 0})
-            theta = load_file(model / "model.safetensors")
-            slice_ = Slice.build(theta, SliceSpec(0), torch.device("cpu"))
-            arithmetic = Arithmetic(theta, torch.device(resolve_device(ServerConfig())))
-            perturbed = folder / "perturbed"
-            shutil.copytree(model, perturbed, dirs_exist_ok=True)
-            moves, reloads, writes, plain = [], [], [], []
-            for repeat in range(repeats + 1):
-                alpha, beta = 0.01 * (repeat + 1), -0.01 * repeat
-                started = time.perf_counter()
-                result = await client.move(alpha, beta)
-                moves.append(time.perf_counter() - started)
-                writes.append(result.seconds["write"])
-                plain.append(arithmetic.seconds(alpha, beta))
-                here = await client.checksums()
-                started = time.perf_counter()
-                tensors = dict(slice_.at(alpha, beta, torch.float32, MoveStats()))
-                (perturbed / "model.safetensors").unlink()
-                save_file(tensors, perturbed / "model.safetensors", {"format": "pt"})
-                await reload(session, url, perturbed)
-                reloads.append(time.perf_counter() - started)
-                compare(here, await client.checksums())
+            yield session, client, url
     finally:
         process.terminate()
         await process.wait()
+
+
+def point(repeat: int) -> tuple[float, float]:
+    """Where a repetition goes."""
+    return 0.01 * (repeat + 1), -0.01 * repeat
+
+
+async def measure(model: Path, repeats: int, folder: Path) -> dict[str, Any]:
+    """Median seconds of each way, and the checksums at the last point."""
+    async with serving(model, folder, ServerConfig()) as (session, client, url):
+        loaded = await client.load(str(model), {"seed": 0})
+        theta = load_file(model / "model.safetensors")
+        slice_ = Slice.build(theta, SliceSpec(0)).hold(torch.device("cpu"))
+        arithmetic = Arithmetic(theta, torch.device(resolve_device(ServerConfig())))
+        perturbed = folder / "perturbed"
+        shutil.copytree(model, perturbed, dirs_exist_ok=True)
+        moves, reloads, writes, plain = [], [], [], []
+        for repeat in range(repeats + 1):
+            alpha, beta = point(repeat)
+            started = time.perf_counter()
+            result = await client.move(alpha, beta)
+            moves.append(time.perf_counter() - started)
+            writes.append(result.seconds["write"])
+            plain.append(arithmetic.seconds(alpha, beta))
+            here = await client.checksums()
+            started = time.perf_counter()
+            tensors = dict(slice_.at(alpha, beta, torch.float32, MoveStats()))
+            (perturbed / "model.safetensors").unlink()
+            save_file(tensors, perturbed / "model.safetensors", {"format": "pt"})
+            await reload(session, url, perturbed)
+            reloads.append(time.perf_counter() - started)
+            compare(here, await client.checksums())
     # The first of each warms caches up.
     return {
         "parameters": loaded["parameters"],
@@ -143,7 +160,25 @@ async def measure(model: Path, repeats: int, folder: Path) -> dict[str, Any]:
         "write": statistics.median(writes[1:]),
         "reload": statistics.median(reloads[1:]),
         "arithmetic": statistics.median(plain[1:]),
+        "load": loaded["seconds"],
+        "checksums": here,
     }
+
+
+async def measure_mode(
+    model: Path, repeats: int, folder: Path, mode: Any, resident: list[dict[str, str]]
+) -> dict[str, float]:
+    """Median seconds of a move with the directions kept in another way; `resident`: checksums at the last point."""
+    moves = []
+    async with serving(model, folder, ServerConfig(directions_memory=mode)) as (_, client, _):
+        loaded = await client.load(str(model), {"seed": 0})
+        for repeat in range(repeats + 1):
+            started = time.perf_counter()
+            await client.move(*point(repeat))
+            moves.append(time.perf_counter() - started)
+        if mode == "regenerated":
+            compare(resident, await client.checksums())
+    return {f"{mode}_seconds": statistics.median(moves[1:]), f"{mode}_load_seconds": loaded["seconds"]}
 
 
 def compare(ours: list[dict[str, str]], theirs: list[dict[str, str]]) -> None:
@@ -181,23 +216,29 @@ async def healthy(session: aiohttp.ClientSession, url: str, process: asyncio.sub
     raise SystemExit("the server did not start")
 
 
-async def run(models: list[str], repeats: int) -> None:
+async def run(models: list[str], repeats: int, modes: list[str]) -> None:
     """Measure and print."""
-    table = Table("model", "path", "move, s", "of it writing, s", "arithmetic, s", "write and reload, s")
+    headings = ("model", "path", "move, s", "of it writing, s", "arithmetic, s", "write and reload, s")
+    table = Table(*headings, *(f"{mode}, s" for mode in modes))
     result: dict[str, dict[str, Any]] = {}
     for name in models:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             model = open_snapshot("tiny-sorter").path if name == "tiny" else model_135m(folder / "model")
             row = await measure(model, repeats, folder)
+            others = {}
+            for mode in modes:
+                others |= await measure_mode(model, repeats, folder, mode, row["checksums"])
         result[name] = {
             "ratio_vs_axpy": round(row["move"] / row["arithmetic"], 2),
             "ratio_vs_reload": round(row["reload"] / row["move"], 2),
             "gb_per_s": round(row["bytes"] / row["write"] / 1e9, 2),
             "move_path": row["path"],
-            **{f"{key}_s": round(row[key], 4) for key in ("move", "write", "arithmetic", "reload")},
+            **{f"{key}_s": round(row[key], 4) for key in ("move", "write", "arithmetic", "reload", "load")},
+            **{key: round(seconds, 4) for key, seconds in others.items()},
         }
-        seconds = (f"{row[key]:.4f}" for key in ("move", "write", "arithmetic", "reload"))
+        seconds = [f"{row[key]:.4f}" for key in ("move", "write", "arithmetic", "reload")]
+        seconds += [f"{others[f'{mode}_seconds']:.4f}" for mode in modes]
         table.add_row(f"{name} ({row['parameters']:,})", row["path"], *seconds)
     Console().print(table)
     print(json.dumps(result))
@@ -206,9 +247,10 @@ async def run(models: list[str], repeats: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("tiny", "135m"), default=["tiny", "135m"])
+    parser.add_argument("--modes", nargs="*", choices=("half", "regenerated"), default=[])
     parser.add_argument("--repeats", type=int, default=5, help="alternations per model, after one to warm up")
     arguments = parser.parse_args()
     if torch.get_num_threads() > 1:
         # Beside a CPU server, a thread on every core was slower than one thread fewer.
         torch.set_num_threads(torch.get_num_threads() - 1)
-    asyncio.run(run(arguments.models, arguments.repeats))
+    asyncio.run(run(arguments.models, arguments.repeats, arguments.modes))

@@ -23,7 +23,7 @@ import torch
 from conftest import POLICY
 from safetensors.torch import load_file
 
-from rlvr_landscape_plugin.directions import DirectionSpec, SliceSpec
+from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, scaled_direction
 from rlvr_landscape_plugin.serving import kernel_layout
 from rlvr_landscape_plugin.serving.engine import (
     LandscapeEngine,
@@ -31,12 +31,13 @@ from rlvr_landscape_plugin.serving.engine import (
     MoveRequest,
     MoveStats,
     Slice,
+    _digest,
     checksums,
     register,
 )
 from rlvr_landscape_plugin.serving.kernel_layout import Layout, Part, unpacked
 from rlvr_landscape_plugin.serving.launch import free_port
-from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
+from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, MOVE_PATH_VARIABLE
 from rlvr_landscape_plugin.snapshot import file_sha256, write_safetensors
 
 pytestmark = pytest.mark.server
@@ -151,8 +152,8 @@ def test_nothing_drifts_over_many_moves(engine, tmp_path):
 
 def test_bfloat16_is_cast_once_and_the_realised_step_says_so():
     theta = {"w": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)}
-    slice_ = Slice.build(theta, SliceSpec(0), torch.device("cpu"))
-    delta, eta = slice_.directions["w"]
+    slice_ = Slice.build(theta, SliceSpec(0))
+    delta, eta = slice_.draw("alpha", "w"), slice_.draw("beta", "w")
     for alpha, beta in ((1e-4, 0.0), (0.05, -0.05)):
         stats = MoveStats()
         ((_, moved),) = slice_.at(alpha, beta, torch.bfloat16, stats)
@@ -175,7 +176,7 @@ def test_a_whole_displacement_back_is_the_first_snapshot(tmp_path, dtype):
     change = {name: (theta[name].double() - first[name].double()).float().numpy() for name in sorted(theta)}
     write_safetensors(file, {name: values.shape for name, values in change.items()}, change.values())
     spec = SliceSpec(0, alpha=DirectionSpec("displacement", "none", sha256=file_sha256(file)))
-    slice_ = Slice.build(theta, spec, torch.device("cpu"), {"alpha": str(file)})
+    slice_ = Slice.build(theta, spec, {"alpha": str(file)})
     stats = MoveStats()
     for name, moved in slice_.at(-1.0, 0.0, dtype, stats):
         tolerance = 0.0 if dtype == torch.bfloat16 else torch.finfo(dtype).eps
@@ -184,7 +185,7 @@ def test_a_whole_displacement_back_is_the_first_snapshot(tmp_path, dtype):
     size = sum(float(tensor.double().square().sum()) for tensor in theta.values()) ** 0.5
     assert stats.realised_step == pytest.approx(length / size, rel=1e-5)
     with pytest.raises(ValueError, match=r"slice\.alpha is not drawn from the seed, and no file came with it"):
-        Slice.build(theta, spec, torch.device("cpu"))
+        Slice.build(theta, spec)
 
 
 def test_registering_twice_is_harmless():
@@ -192,19 +193,21 @@ def test_registering_twice_is_harmless():
     register()
 
 
+@pytest.mark.parametrize("directions", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("stored", "served"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
 )
-def test_blocks_and_threads_leave_the_bits_of_one_whole_tensor(stored, served):
+def test_blocks_and_threads_leave_the_bits_of_one_whole_tensor(stored, served, directions):
     noise = torch.Generator().manual_seed(0)
     sizes = {"a": 2**20 + 2**15 + 7, "b": 3}
     theta = {name: torch.randn(size, generator=noise).to(getattr(torch, stored)) for name, size in sizes.items()}
-    slice_ = Slice.build(theta, SliceSpec(0), torch.device("cpu"))
+    slice_ = Slice.build(theta, SliceSpec(0), dtype=getattr(torch, directions))
     module = torch.nn.Module()
     for name, size in sizes.items():
         empty = torch.empty(size, dtype=getattr(torch, served))
         module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
-    parts = [Part(module, n, theta[n], *slice_.directions[n], [(0, sizes[n], 1.0)]) for n in sizes]
+    held = slice_.hold(torch.device("cpu")).held or {}
+    parts = [Part(module, n, theta[n], *held[n], [(0, sizes[n], 1.0)]) for n in sizes]
     layout = Layout(parts, torch.device("cpu"))
     for alpha, beta in ((0.7, -1.2), (0.0, 1e-3), (0.0, 0.0)):
         stats = MoveStats()
@@ -221,7 +224,7 @@ def test_a_failed_move_in_kernel_layout_goes_back(engine, tmp_path, monkeypatch)
         [
             Part(
                 *(engine.model, engine.model.names[name], theta.view(-1)),
-                *(direction.view(-1) for direction in slice_.directions[name]),
+                *(direction.view(-1) for direction in slice_.held[name]),
                 shares=[(0, theta.numel(), 1.0)],
             )
             for name, theta in slice_.theta.items()
@@ -235,7 +238,7 @@ def test_a_failed_move_in_kernel_layout_goes_back(engine, tmp_path, monkeypatch)
     def half(chunks, alpha, beta):
         if failures:
             whole(itertools.islice(chunks, 3), alpha, beta)
-            failures.pop()
+            failures.clear()
             raise RuntimeError("device lost")
         return whole(chunks, alpha, beta)
 
@@ -297,6 +300,7 @@ class Trip:
     dtype: str
     path: str
     change: Callable[[Any], None] | None = None
+    memory: str = "auto"
 
 
 def travel(trip: Trip, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
@@ -304,6 +308,7 @@ def travel(trip: Trip, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     from vllm.config import set_current_vllm_config
 
     os.environ[MOVE_PATH_VARIABLE] = trip.path
+    os.environ[DIRECTIONS_MEMORY_VARIABLE] = trip.memory
     model, config = built(trip.snapshot, trip.dtype, rank, ranks)
     if trip.change is not None:
         trip.change(model)
@@ -394,16 +399,64 @@ def agree(kernel: list[dict[str, Any]], loader: list[dict[str, Any]]) -> None:
         assert realised_step(kernel, move) == pytest.approx(realised_step(loader, move), rel=1e-5)
 
 
+def fused_moved(snapshot: Path, dtype: str, rounded: bool) -> dict[str, list[str]]:
+    """SHA-256 at each of POINTS of what the kernels of layer 0 must hold, from the directions themselves."""
+    theta = load_file(snapshot / "model.safetensors")
+    layer = "model.layers.0."
+    fused = {
+        f"{layer}self_attn.qkv_proj.bias": [f"{layer}self_attn.{part}_proj.bias" for part in "qkv"],
+        f"{layer}mlp.gate_up_proj.weight": [f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up")],
+        f"{layer}input_layernorm.weight": [f"{layer}input_layernorm.weight"],
+    }
+
+    def moved(name: str, alpha: float, beta: float) -> torch.Tensor:
+        weight = theta[name].float()
+        drawn = [scaled_direction(SliceSpec(0), axis, name, weight.numpy(), 1.0) for axis in AXES]
+        delta, eta = ((nearest_bfloat16(values) if rounded else values) for values in drawn)
+        total = torch.add(weight, torch.from_numpy(delta), alpha=alpha).add(torch.from_numpy(eta), alpha=beta)
+        return total.to(getattr(torch, dtype))
+
+    return {
+        target: [_digest(torch.cat([moved(name, *point) for name in names])) for point in POINTS]
+        for target, names in fused.items()
+    }
+
+
+def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to 8 significant bits, ties to even, by integer arithmetic."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
+
+
 def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
     """Fused projections with biases, tied and untied heads, a padded vocabulary, bfloat16; and a crooked loader."""
     tied = random_qwen2(tmp_path / "tied", "bfloat16", True)
     untied = random_qwen2(tmp_path / "untied", "float32", False)
     cases = {"tied": (tied, "bfloat16"), "untied": (untied, "float32")}
-    trips = {f"{name}-{path}": Trip(*case, path) for name, case in cases.items() for path in ("kernel", "loader")}
+    trips = {
+        f"{name}-{memory}-{path}": Trip(*case, path, memory=memory)
+        for name, case in cases.items()
+        for memory in ("float32", "half")
+        for path in ("kernel", "loader")
+    }
+    trips |= {f"{name}-regenerated": Trip(*case, "kernel", memory="regenerated") for name, case in cases.items()}
     trips |= {f"bent-{path}": Trip(untied, "float32", path, bend) for path in ("kernel", "loader")}
     (results,) = run_ranks(1, tmp_path, trips)
-    for name in cases:
-        agree([results[f"{name}-kernel"]], [results[f"{name}-loader"]])
+    for name, (snapshot, dtype) in cases.items():
+        for memory, held_as in (("float32", "float32"), ("half", "bfloat16")):
+            kernel, loader = (results[f"{name}-{memory}-{path}"] for path in ("kernel", "loader"))
+            agree([kernel], [loader])
+            for facts in (kernel["loaded"], loader["loaded"]):
+                assert facts["directions_memory"] == f"{held_as} on the host"
+                assert facts["directions_dtype"] == held_as
+                assert f"{DIRECTIONS_MEMORY_VARIABLE} asks for {memory}" in facts["directions_memory_reason"]
+            for target, expected in fused_moved(snapshot, dtype, memory == "half").items():
+                assert [held[target] for held in kernel["held"][1:]] == expected, f"{name}, {memory}: {target}"
+        regenerated, resident = results[f"{name}-regenerated"], results[f"{name}-float32-loader"]
+        assert regenerated["held"] == resident["held"] != results[f"{name}-half-loader"]["held"]
+        assert [move["changed"] for move in regenerated["moves"]] == [move["changed"] for move in resident["moves"]]
+        assert regenerated["loaded"]["directions_memory"] == "regenerated for each move"
+        assert (regenerated["loaded"]["directions_dtype"], regenerated["loaded"]["move_path"]) == ("float32", "loader")
     bent, straight = results["bent-kernel"], results["bent-loader"]
     assert bent["loaded"]["move_path"] == "loader"
     assert "its weights differ from the loader's" in bent["loaded"]["move_path_reason"]
@@ -415,5 +468,14 @@ def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
 def test_two_ranks_share_the_kernel_layout(tmp_path):
     """Shards, a key-value head that both ranks hold, biases and norms that are copies: steps count each weight once."""
     snapshot = random_qwen2(tmp_path / "untied", "float32", False)
-    results = run_ranks(2, tmp_path, {path: Trip(snapshot, "bfloat16", path) for path in ("kernel", "loader")})
-    agree([rank["kernel"] for rank in results], [rank["loader"] for rank in results])
+    trips = {
+        f"{memory}-{path}": Trip(snapshot, "bfloat16", path, memory=memory)
+        for memory in ("float32", "half")
+        for path in ("kernel", "loader")
+    }
+    results = run_ranks(
+        2, tmp_path, trips | {"regenerated": Trip(snapshot, "bfloat16", "kernel", memory="regenerated")}
+    )
+    for memory in ("float32", "half"):
+        agree([rank[f"{memory}-kernel"] for rank in results], [rank[f"{memory}-loader"] for rank in results])
+    assert all(rank["regenerated"]["held"] == rank["float32-loader"]["held"] for rank in results)

@@ -1,8 +1,9 @@
 """Weight moves inside a vLLM worker, as a `WeightTransferEngine` named `landscape`.
 
-The engine holds the pristine snapshot and both directions and writes `pristine + α δ + β η`, computed in float32 and
-cast once, in place (captured graphs keep their pointers). It never adds to what is already there, so nothing drifts and
-(0, 0) is the snapshot bit for bit. There are two paths with the same outcome:
+The engine holds the pristine snapshot and both directions, or draws these again (memory.py), and writes
+`pristine + α δ + β η`, computed in float32 and cast once, in place (captured graphs keep their pointers). It never adds
+to what is already there, so nothing drifts and (0, 0) is the snapshot bit for bit. There are two paths with the same
+outcome:
 
 - `loader`: tensors under checkpoint names go through the model's own loader inside vLLM's layerwise reload, which knows
   every fused projection, tensor-parallel shard and packed kernel layout. Right for every model, and slow.
@@ -23,7 +24,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +46,12 @@ from rlvr_landscape_plugin.directions import (
     open_direction,
     scaled_direction,
 )
+from rlvr_landscape_plugin.serving import memory
 from rlvr_landscape_plugin.serving.kernel_layout import (
     Layout,
     UnsupportedLayoutError,
     build_layout,
+    in_threads,
     keep_plain,
     packable,
     unpacked,
@@ -142,7 +145,7 @@ def _digest(values: torch.Tensor) -> str:
 
 
 def _load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """Every tensor as stored, on the CPU; refuses NaN and infinity, naming file and tensor."""
+    """Every tensor as stored, mapped from its file; refuses NaN and infinity, naming file and tensor."""
     from safetensors import safe_open
 
     tensors: dict[str, torch.Tensor] = {}
@@ -163,21 +166,23 @@ class Slice:
     spec: SliceSpec
     theta: dict[str, torch.Tensor]
     """Pristine weights in the stored dtype."""
-    directions: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """(δ, η), float32; tensors that stand still are left out."""
+    draw: Callable[[Axis, str], torch.Tensor]
+    """The part of a direction in a tensor that moves, on the CPU: the same at each call, also in threads."""
+    held: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """(δ, η) of each tensor that moves, beside `theta`; None: drawn whenever they are needed."""
 
     @classmethod
     def build(
         cls,
         theta: dict[str, torch.Tensor],
         spec: SliceSpec,
-        device: torch.device,
         files: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Slice:
-        """Draw and scale the random directions, read the others from `files`.
+        """Directions that are drawn from the seed, or read from `files`, when needed; rounded to `dtype`.
 
-        `theta` (CPU tensors) is moved to `device` together with them. Raises `SnapshotError` for a file that is not the
-        one `spec` names, `ValueError` if one is missing.
+        `theta`: CPU tensors. Raises `SnapshotError` for a file that is not the one `spec` names, `ValueError` if one is
+        missing.
         """
 
         def weight(name: str) -> Any:
@@ -190,29 +195,40 @@ class Slice:
                 if axis not in (files or {}):
                     raise ValueError(f"slice.{axis} is not drawn from the seed, and no file came with it")
                 read[axis] = open_direction(spec, axis, Path((files or {})[axis]), shapes)
-
-        def direction(axis: Axis, name: str, values: Any) -> torch.Tensor:
-            if axis in read:
-                return torch.from_numpy(read_tensor(read[axis], name)).to(device)
-            return torch.from_numpy(scaled_direction(spec, axis, name, values, scales[axis])).to(device)
-
+                for name in read[axis]:
+                    read_tensor(read[axis], name)  # NaN is refused here, not in the middle of a move
         scales = global_scales(spec, theta, weight)
-        directions = {}
-        for name in theta:
-            if spec.moves(name):
-                values = weight(name)
-                directions[name] = (direction("alpha", name, values), direction("beta", name, values))
-        return cls(spec, {name: tensor.to(device) for name, tensor in theta.items()}, directions)
 
-    def to(self, device: torch.device) -> Slice:
-        """The same slice on another device."""
-        directions = {name: (delta.to(device), eta.to(device)) for name, (delta, eta) in self.directions.items()}
-        return Slice(self.spec, {name: tensor.to(device) for name, tensor in self.theta.items()}, directions)
+        def draw(axis: Axis, name: str) -> torch.Tensor:
+            if axis in read:
+                values = read_tensor(read[axis], name)
+            else:
+                values = scaled_direction(spec, axis, name, weight(name), scales[axis])
+            return torch.from_numpy(values).to(dtype)
 
-    def squared_lengths(self) -> tuple[float, float]:
-        """‖δ‖² and ‖η‖², float64."""
-        sums = [[float(d.square().sum(dtype=torch.float64)) for d in pair] for pair in self.directions.values()]
-        return sum(pair[0] for pair in sums), sum(pair[1] for pair in sums)
+        return cls(spec, theta, draw)
+
+    @property
+    def moving(self) -> list[str]:
+        """Names of the tensors that take part."""
+        return [name for name in self.theta if self.spec.moves(name)]
+
+    def hold(self, device: torch.device) -> Slice:
+        """The same slice with θ, δ and η resident on `device`."""
+        pairs = zip(self.moving, self._pairs(self.moving), strict=True)
+        held = {name: (delta.to(device), eta.to(device)) for name, (delta, eta) in pairs}
+        return Slice(self.spec, {name: tensor.to(device) for name, tensor in self.theta.items()}, self.draw, held)
+
+    def along(self, axis: Axis) -> Iterator[torch.Tensor | None]:
+        """The direction of an axis, drawn tensor by tensor in the order of `theta`; None where it stands still."""
+        return in_threads(lambda name: self.draw(axis, name) if self.spec.moves(name) else None, self.theta)
+
+    def _pairs(self, names: Iterable[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if (held := self.held) is not None:
+            return (held[name] for name in names)
+        wanted: Iterator[tuple[Axis, str]] = ((axis, name) for name in names for axis in AXES)
+        parts = in_threads(lambda part: self.draw(*part), wanted)
+        return zip(parts, parts, strict=True)
 
     @cached_property
     def theta_squared(self) -> float:
@@ -221,14 +237,15 @@ class Slice:
 
     def at(self, alpha: float, beta: float, dtype: torch.dtype, stats: MoveStats) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, θ + α δ + β η) in `dtype`, one tensor at a time, adding to `stats` on the way."""
-        still = alpha == 0 and beta == 0
+        moving = [] if alpha == 0 and beta == 0 else self.moving
         stats.theta = self.theta_squared
+        directions = self._pairs(moving)
         for name, theta in self.theta.items():
-            if still or name not in self.directions:
+            if not (moving and self.spec.moves(name)):
                 yield name, theta.to(dtype)
                 continue
             moved = torch.empty_like(theta, dtype=dtype)
-            stats.changed += _move(theta, *self.directions[name], alpha, beta, moved)
+            stats.changed += _move(theta, *next(directions), alpha, beta, moved)
             yield name, moved
 
 
@@ -245,7 +262,8 @@ def _move(
     target = out.view(-1)
     for start in range(0, target.numel(), size):
         origin, first, second = (tensor[start : start + size] for tensor in flat)
-        block = torch.add(origin.to(torch.float32), first, alpha=alpha).add_(second, alpha=beta).to(out.dtype)
+        moved = torch.add(origin.to(torch.float32), first.to(torch.float32), alpha=alpha)
+        block = moved.add_(second.to(torch.float32), alpha=beta).to(out.dtype)
         target[start : start + size] = block
         step = block.to(torch.float32) - origin.to(out.dtype).to(torch.float32)
         changed += float(torch.dot(step, step))
@@ -260,6 +278,13 @@ class _State:
     theta_squared: float
     at: tuple[float, float] | None = None
     """Coordinates of the weights in the model; None: the model holds something else."""
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of the host's memory that δ and η take up, and θ where it is not mapped from files."""
+        if isinstance(self.how, Layout):
+            return self.how.nbytes if self.how.home.type == "cpu" else 0
+        return sum(t.nbytes for pair in (self.how.held or {}).values() for t in pair if t.device.type == "cpu")
 
 
 class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
@@ -285,18 +310,18 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             self._report(init_info.report, checksums(self.model))
             return
         started = time.perf_counter()
+        # Before any worker of this machine gives back what it holds, or takes more.
+        free = memory.free_on_host() / self._workers + (0 if self._state is None else self._state.on_host)
         try:
+            wish = memory.asked()
             self._check_kernels()
             snapshot = open_snapshot(init_info.snapshot)
             served = open_snapshot(self.model_config.model)
             compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
             spec = SliceSpec(**init_info.slice)
-
-            def build() -> Slice:
-                return Slice.build(_load_tensors(snapshot), spec, torch.device("cpu"), init_info.directions)
-
-            slice_ = build()
-            moving = sum(delta.numel() for delta, _ in slice_.directions.values())
+            dtype = memory.HALF if wish == "half" else torch.float32
+            slice_ = Slice.build(_load_tensors(snapshot), spec, init_info.directions, dtype)
+            moving = sum(slice_.theta[name].numel() for name in slice_.moving)
             theta_squared = slice_.theta_squared
         except (ValueError, OSError, TypeError) as error:
             self._report(init_info.report, {"error": str(error)})
@@ -307,14 +332,17 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
         # Its memory is needed for the next.
         self._state = None
         try:
-            how, reason = self._choose(slice_, snapshot, build)
+            how, reason, place = self._choose(slice_, snapshot, wish, free)
         except Exception as error:  # the check writes weights; if they could not be put back, nothing is known of them
             outcome = {"error": f"checking the moves failed: {type(error).__name__}: {error}", "weights": "dirty"}
             self._report(init_info.report, outcome)
             return
         self._state = _State(snapshot, how, theta_squared, at)
         kernel = isinstance(how, Layout)
-        home = how.home if isinstance(how, Layout) else next(iter(how.theta.values())).device
+        held = str(dtype).removeprefix("torch.")
+        where = f"{held} on {self.device if place.on_device else 'the host'}"
+        if place.mode == "regenerated":
+            where = "regenerated for each move"
         facts = {
             "snapshot_sha256": snapshot.sha256,
             "directions_fingerprint": fingerprint(spec, snapshot.shapes),
@@ -326,12 +354,14 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             "theta_share": how.squared("theta") if isinstance(how, Layout) else theta_squared / self._ranks,
             "move_path": "kernel" if kernel else "loader",
             "move_path_reason": reason,
-            "directions_memory": f"float32 on {'the host' if home.type == 'cpu' else home}",
+            "directions_memory": where,
+            "directions_memory_reason": place.reason,
+            "directions_dtype": held,
             "seconds": time.perf_counter() - started,
         }
         logger.info(
-            "landscape: %s moves by the %s path (%s), directions %s, taken in within %.1f s",
-            *(snapshot.path.name, facts["move_path"], reason, facts["directions_memory"], facts["seconds"]),
+            "landscape: %s moves by the %s path (%s), directions %s (%s), taken in within %.1f s",
+            *(snapshot.path.name, facts["move_path"], reason, where, place.reason, facts["seconds"]),
         )
         self._report(init_info.report, facts)
 
@@ -339,28 +369,65 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
     def _ranks(self) -> int:
         return getattr(self.parallel_config, "tensor_parallel_size", 1)
 
-    def _choose(self, slice_: Slice, snapshot: Snapshot, build: Callable[[], Slice]) -> tuple[Slice | Layout, str]:
-        """The kernel path if the model allows it and it passes its check, else the loader's; and why.
+    @property
+    def _workers(self) -> int:
+        """Workers of this server on this machine, which share its memory."""
+        return getattr(self.parallel_config, "local_world_size", 1)
 
-        Consumes `slice_`; `build` makes another. The weights are afterwards what they were.
+    def _choose(
+        self, slice_: Slice, snapshot: Snapshot, wish: memory.Asked, free: float
+    ) -> tuple[Slice | Layout, str, memory.Memory]:
+        """The kernel path if the model allows it and it passes its check, else the loader's; why; and the memory.
+
+        `free`: this worker's share of the host's memory, bytes. The weights are afterwards what they were.
         """
-        if unfit := self._unfit(slice_):
-            return slice_.to(self._home(slice_.theta)), unfit
-        try:
-            if self.device.type == "cpu" and not packable(self.model_config.dtype, self._ranks):
-                self._plain = True
-                self._keep_plain()
-            return self._checked(slice_, snapshot)
-        except UnsupportedLayoutError as error:
-            logger.warning("landscape: moves take the slow path through the loader: %s", error)
-            slice_ = build()
-            return slice_.to(self._home(slice_.theta)), str(error)
+        unfit = self._unfit(slice_)
+        if unfit is None:
+            place = self._place(slice_, wish, free, kernel=True)
+            try:
+                if place.mode == "regenerated":
+                    raise UnsupportedLayoutError(f"it needs resident directions ({place.reason})")
+                if self.device.type == "cpu" and not packable(self.model_config.dtype, self._ranks):
+                    self._plain = True
+                    self._keep_plain()
+                return *self._checked(slice_, snapshot, place), place
+            except UnsupportedLayoutError as error:
+                logger.warning("landscape: moves take the slow path through the loader: %s", error)
+                unfit = str(error)
+        place = self._place(slice_, wish, free, kernel=False)
+        if place.mode != "regenerated":
+            slice_ = slice_.hold(self.device if place.on_device else torch.device("cpu"))
+        return slice_, unfit, place
+
+    def _place(self, slice_: Slice, wish: memory.Asked, free: float, kernel: bool) -> memory.Memory:
+        """Where the directions go.
+
+        Ranks share the kernel layout's tensors, the loader's are whole on each of them. Taking a slice into the kernel
+        layout needs one more direction on the host for a moment, and a copy of the weights.
+        """
+        size = memory.HALF.itemsize if wish == "half" else torch.float32.itemsize
+        theta = sum(tensor.nbytes for tensor in slice_.theta.values())
+        weights = sum(tensor.numel() for tensor in slice_.theta.values())
+        if kernel:
+            if self.device.type == "cpu" and packable(self.model_config.dtype, self._ranks):
+                theta = torch.float32.itemsize * weights
+            on_device = (theta + 2 * size * weights) / self._ranks
+            on_host = (theta + 3 * size * weights + self.model_config.dtype.itemsize * weights) / self._ranks
+        else:
+            # On the host θ stays mapped from its files.
+            on_host = 2 * size * sum(slice_.theta[name].numel() for name in slice_.moving)
+            on_device = theta + on_host
+        device = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            device = (on_device, torch.cuda.mem_get_info(self.device)[0])
+        return memory.choose(wish, device, (on_host, free))
 
     def _unfit(self, slice_: Slice) -> str | None:
         """Why the kernel path is not even tried."""
         if os.environ.get(MOVE_PATH_VARIABLE, "kernel") != "kernel":
             return f"{MOVE_PATH_VARIABLE} asks for it"
-        if not slice_.directions:
+        if not slice_.moving:
             return "no tensor moves"
         if getattr(self.model_config, "quantization", None):
             return "the model is quantised"
@@ -368,9 +435,8 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
             return "pipeline parallelism"
         return None
 
-    def _checked(self, slice_: Slice, snapshot: Snapshot) -> tuple[Layout, str]:
+    def _checked(self, slice_: Slice, snapshot: Snapshot, place: memory.Memory) -> tuple[Layout, str]:
         """Both paths to random coordinates, which must leave the same bits; then back to the weights before."""
-        ranks = self._ranks
         draw = random.Random(snapshot.sha256)
         point = (draw.uniform(0.5, 1.5), -draw.uniform(0.5, 1.5))
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -388,22 +454,16 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
         def held() -> dict[str, str]:
             return checksums(self.model) | {name: _digest(buffer) for name, buffer in self.model.named_buffers()}
 
-        home = self._home(slice_.theta, ranks)
-        lengths = [slice_.theta_squared, *slice_.squared_lengths()]
+        home = self.device if place.on_device else torch.device("cpu")
+        held_as = memory.HALF if place.mode == "half" else torch.float32
         try:
             self._write_by_loader(slice_, *point)
             expected = held()
             # Whatever the kernel path did not reach would now show.
             put_back()
-            theta, directions = slice_.theta, slice_.directions
-            delta = {name: pair[0] for name, pair in directions.items()}
-            eta = {name: pair[1] for name, pair in directions.items()}
-            directions.clear()
-            dtype, shapes = self.model_config.dtype, snapshot.shapes
-            layout = build_layout(self.model, dtype, shapes, theta, delta, eta, home, ranks)
-            found = [layout.squared(attribute) for attribute in ("theta", "delta", "eta")]
-            if ranks == 1 and any(abs(a - b) > 1e-9 * b for a, b in zip(found, lengths, strict=True)):
-                raise UnsupportedLayoutError("the model does not hold every tensor of the checkpoint exactly once")
+            delta, eta = (slice_.along(axis) for axis in AXES)
+            dtype, ranks = self.model_config.dtype, self._ranks
+            layout = build_layout(self.model, dtype, slice_.theta, delta, eta, held_as, home, ranks)
             self._write(layout, *point)
             if held() != expected:
                 raise UnsupportedLayoutError("its weights differ from the loader's in a trial move")
@@ -422,15 +482,6 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
                 "this CPU server was started without --enforce-eager: its compiled graph keeps packed copies of the "
                 "linear weights, which no move reaches; start it again with --enforce-eager"
             )
-
-    def _home(self, theta: dict[str, torch.Tensor], ranks: int = 1) -> torch.device:
-        """The worker's device if three float32 copies of its share fit into what is free there, else the host."""
-        if self.device.type != "cuda":
-            return torch.device("cpu")
-        need = 3 * 4 * sum(tensor.numel() for tensor in theta.values()) / ranks
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return self.device if need < 0.9 * free else torch.device("cpu")
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: a move is whole within `receive_weights`."""

@@ -19,10 +19,11 @@ import functools
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +38,8 @@ _PACKED_FOR = 64
 """Rows of input that packed weights are laid out for; any number of rows may come."""
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 Weights = Iterable[tuple[str, torch.Tensor]]
 Key = tuple[str, str]
 """Module's name and parameter's attribute."""
@@ -56,7 +59,7 @@ class Part:
     """In the stored dtype."""
     delta: torch.Tensor
     eta: torch.Tensor
-    """float32, as δ."""
+    """float32 or bfloat16, as δ."""
     shares: list[tuple[int, int, float]]
     """(start, stop, 1 / number of ranks with a copy) of the elements that come from the checkpoint."""
     packed: torch.Tensor | None = None
@@ -80,6 +83,11 @@ class Layout:
     parts: list[Part]
     home: torch.device
     """Where θ, δ and η are: with the parameters, or on the host."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of θ, δ and η."""
+        return sum(tensor.nbytes for part in self.parts for tensor in (part.theta, part.delta, part.eta))
 
     def squared(self, attribute: str) -> float:
         """Σ of this rank's share of `theta`², `delta`² or `eta`², float64."""
@@ -133,6 +141,8 @@ def _move(
     Returns Σ (out − cast(θ))², float32. `scratch`: float32, at least as long.
     """
     out, theta, delta, eta = block
+    if torch.float32 not in (theta.dtype, delta.dtype):
+        theta = theta.to(torch.float32)
     direct = out.dtype == torch.float32 and out.device == theta.device
     moved = torch.add(theta, delta, alpha=alpha, out=out if direct else None).add_(eta, alpha=beta)
     if direct:
@@ -172,21 +182,39 @@ def _threads() -> tuple[ThreadPoolExecutor, int]:
     return ThreadPoolExecutor(count, "landscape-move", begin), count
 
 
+def in_threads(make: Callable[[_Given], _Made], items: Iterable[_Given]) -> Iterator[_Made]:
+    """`make(item)` for each of `items`, in their order, computed by threads a few ahead of what is taken."""
+    pool, threads = _threads()
+    begun: deque[Future[_Made]] = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(make, item))
+            if len(begun) > threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+
+
 def build_layout(
     model: Any,
     dtype: torch.dtype,
-    shapes: dict[str, tuple[int, ...]],
     theta: dict[str, torch.Tensor],
-    delta: dict[str, torch.Tensor],
-    eta: dict[str, torch.Tensor],
+    delta: Iterable[torch.Tensor | None],
+    eta: Iterable[torch.Tensor | None],
+    directions_dtype: torch.dtype,
     home: torch.device,
     ranks: int = 1,
 ) -> Layout:
-    """Push θ, δ and η (checkpoint names) through the model's loader; its weights stay as they are.
+    """Push θ (checkpoint names), δ and η through the model's loader; its weights stay as they are.
 
-    The three dicts are emptied on the way, so that no more than one of them is held twice. Tensors missing from `delta`
-    and `eta` stand still. `ranks` is the tensor-parallel size. Raises `UnsupportedLayoutError`.
+    `delta` and `eta` are in the order of `theta`, None for tensors that stand still, and are taken one at a time; their
+    values must be exact in `directions_dtype`. `ranks` is the tensor-parallel size. Raises `UnsupportedLayoutError`,
+    for a model that does not hold every tensor exactly once too (told for one rank).
     """
+    shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
     kinds = {tensor.dtype for tensor in theta.values()}
     stored = kinds.pop() if len(kinds) == 1 and kinds <= set(_STORED) else torch.float32
     modules = dict(model.named_modules())
@@ -197,10 +225,24 @@ def build_layout(
         if not getattr(modules[key[0]], key[1]).numel()
     }
     lengths = [_memory(packed[key]).numel() if key in packed else math.prod(shape) for key, shape in chosen.items()]
+    given: list[float] = []
+    """Σ of squares of θ, δ and η under checkpoint names."""
 
-    def flat(tensors: dict[str, torch.Tensor], as_dtype: torch.dtype) -> dict[Key, torch.Tensor]:
-        captured = _capture(model, _drain(tensors, shapes), home)
-        result = dict(zip(chosen, _empty(sum(lengths), as_dtype, home).split(lengths), strict=True))
+    def named(tensors: Iterable[torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
+        given.append(0.0)
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            if tensor is None:
+                yield name, torch.zeros((), dtype=torch.float32).expand(shape)
+                continue
+            values = tensor.to(torch.float32)
+            given[-1] += float(values.square().sum(dtype=torch.float64))
+            yield name, values
+
+    def flat(tensors: Iterable[torch.Tensor | None], as_dtype: torch.dtype) -> dict[Key, torch.Tensor]:
+        captured = _capture(model, named(tensors), home, torch.float32 if packed else as_dtype)
+        if home.type != "cpu":
+            return {key: captured[key].view(-1) for key in chosen}
+        result = dict(zip(chosen, _empty(sum(lengths), as_dtype).split(lengths), strict=True))
         for key, place in result.items():
             values = captured.pop(key)
             if key in packed:
@@ -209,8 +251,8 @@ def build_layout(
         return result
 
     # Packed in float32; a checkpoint of 16-bit floats stays so where parameters are written as they are.
-    origin = flat(theta, torch.float32 if packed else stored)
-    first, second = flat(delta, torch.float32), flat(eta, torch.float32)
+    origin = flat(theta.values(), torch.float32 if packed else stored)
+    first, second = flat(delta, directions_dtype), flat(eta, directions_dtype)
     parts = [
         Part(
             *(modules[key[0]], key[1], origin[key], first[key], second[key]),
@@ -219,13 +261,17 @@ def build_layout(
         )
         for key, length in zip(chosen, lengths, strict=True)
     ]
-    return Layout(parts, home)
+    layout = Layout(parts, home)
+    held = [layout.squared(attribute) for attribute in ("theta", "delta", "eta")]
+    if ranks == 1 and any(abs(a - b) > 1e-9 * b for a, b in zip(held, given, strict=True)):
+        raise UnsupportedLayoutError("the model does not hold every tensor of the checkpoint exactly once")
+    return layout
 
 
-def _empty(length: int, dtype: torch.dtype, home: torch.device) -> torch.Tensor:
+def _empty(length: int, dtype: torch.dtype) -> torch.Tensor:
     """One flat tensor, on huge pages where a host has them: a move reads three of these from end to end."""
-    if home.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(length, dtype=dtype, device=home)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(length, dtype=dtype)
     pages = mmap.mmap(-1, max(1, length * dtype.itemsize))
     with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -255,13 +301,6 @@ def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def _drain(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the checkpoint in its order, in float32, zeros for those that are missing."""
-    for name, shape in shapes.items():
-        tensor = tensors.pop(name, None)
-        yield name, torch.zeros((), dtype=torch.float32).expand(shape) if tensor is None else tensor.to(torch.float32)
-
-
 def _owners(
     model: Any, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], home: torch.device, ranks: int
 ) -> tuple[dict[Key, torch.Size], dict[Key, list[tuple[int, int, float]]]]:
@@ -274,6 +313,7 @@ def _owners(
         model,
         ((name, torch.full((), numbers[name], dtype=torch.float32).expand(shape)) for name, shape in shapes.items()),
         home,
+        torch.float32,
     )
     chosen: dict[int, Key] = {}
     runs: dict[Key, list[tuple[int, int, int]]] = {}
@@ -319,8 +359,8 @@ def _owners(
 
 
 @torch.no_grad()
-def _capture(model: Any, weights: Weights, home: torch.device) -> dict[Key, torch.Tensor]:
-    """What the model's loader makes of `weights`: one float32 tensor per parameter, NaN where it writes nothing.
+def _capture(model: Any, weights: Weights, home: torch.device, dtype: torch.dtype) -> dict[Key, torch.Tensor]:
+    """What the model's loader makes of `weights`: one tensor of `dtype` per parameter, NaN where it writes nothing.
 
     The parameters are exchanged for stand-ins meanwhile, in the layout that vLLM recorded when it built the model.
     """
@@ -338,7 +378,7 @@ def _capture(model: Any, weights: Weights, home: torch.device) -> dict[Key, torc
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
                     stand_in: Any = torch.empty_strided(
-                        parameter.shape, parameter.stride(), dtype=torch.float32, device=home
+                        parameter.shape, parameter.stride(), dtype=dtype, device=home
                     ).fill_(torch.nan)
                     stand_in.__class__ = parameter.__class__
                     vars(stand_in).update(vars(parameter))

@@ -28,7 +28,7 @@ import aiohttp
 
 from rlvr_landscape_plugin.config import LaunchConfig, ServerConfig, load_config
 from rlvr_landscape_plugin.errors import ServerError, run_cli
-from rlvr_landscape_plugin.serving.protocol import ROOTS_VARIABLE, TOKEN_VARIABLE
+from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, ROOTS_VARIABLE, TOKEN_VARIABLE
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
 HOST = "127.0.0.1"
@@ -90,6 +90,8 @@ def command(config: ServerConfig, model: Path, port: int) -> list[str]:
         # A chunked prefill of a seeded request ends the engine on a CPU; a compiled graph keeps packed copies of the
         # linear weights that no reload reaches (docs/design.md, "Traps").
         arguments += ["--no-enable-chunked-prefill", "--enforce-eager"]
+        # Only whole blocks of a prompt are shared between requests; vLLM's on a CPU, 128 tokens, are longer than many.
+        arguments += ["--block-size", "32"]
     else:
         arguments += ["--gpu-memory-utilization", str(config.gpu_memory_utilization)]
     return [*arguments, *config.extra_args]
@@ -102,6 +104,7 @@ def environment(config: ServerConfig, token: str, roots: Sequence[Path]) -> dict
     env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, "rlvr_landscape"]))
     env[TOKEN_VARIABLE] = token
     env[ROOTS_VARIABLE] = os.pathsep.join(str(root) for root in roots)
+    env[DIRECTIONS_MEMORY_VARIABLE] = config.directions_memory
     env.pop("VLLM_SERVER_DEV_MODE", None)
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     env.setdefault("HF_HUB_OFFLINE", "1")

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever a message changes; client and server must agree."""
 MAX_BODY_BYTES = 256 * 2**20
 TOKEN_VARIABLE = "RLVR_LANDSCAPE_TOKEN"
@@ -17,6 +17,8 @@ ROOTS_VARIABLE = "RLVR_LANDSCAPE_ROOTS"
 """Environment variable of the server: directories it may read snapshots and directions from."""
 MOVE_PATH_VARIABLE = "RLVR_LANDSCAPE_MOVE_PATH"
 """Environment variable of the server: `kernel` (the default: wherever it passes its check) or `loader`; engine.py."""
+DIRECTIONS_MEMORY_VARIABLE = "RLVR_LANDSCAPE_DIRECTIONS_MEMORY"
+"""Environment variable of the server: `auto` (the default), `float32`, `half` or `regenerated`; memory.py."""
 
 
 class LoadCall(msgspec.Struct, forbid_unknown_fields=True):
@@ -33,6 +35,8 @@ class MoveCall(msgspec.Struct, forbid_unknown_fields=True):
 
     alpha: float
     beta: float
+    load: str | None = None
+    """Name of the load whose slice is meant, as the server answered it; None: whichever slice is loaded."""
 
 
 class Sampling(msgspec.Struct, forbid_unknown_fields=True):

@@ -37,6 +37,8 @@ benchmarks: setup  ## the benchmarks whose numbers docs/benchmarks.md quotes
 	$(PYTHON) benchmarks/harness.py
 	$(PYTHON) benchmarks/common_random_numbers.py
 	$(PYTHON) benchmarks/scaling.py
+	$(PYTHON) benchmarks/seeds.py
+	$(PYTHON) benchmarks/progressive.py --replay-only
 
 clean:  ## remove outputs, keep the environment
 	rm -rf outputs

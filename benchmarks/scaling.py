@@ -2,10 +2,11 @@
 
     python benchmarks/scaling.py
 
-First real servers: tiny-sorter on one core each, whole grid points, one server against two, alternating. Then a
-simulated server that answers every turn and every sequence after a fixed time and does no work worth mentioning:
-whatever rate comes out is the client's own limit, with one process and with two (each with a simulated server). The
-last line is one JSON object.
+First real servers: tiny-sorter, whole grid points of 128 episodes, one server against two, alternating. All processes
+of a server, its front end included, are bound to one core; the client may run on both. So with one server the client
+has the other core to itself, and with two it shares their cores. Then a simulated server that answers every turn and
+every sequence after a fixed time and does no work worth mentioning: whatever rate comes out is the client's own limit,
+with one process and with two (each with a simulated server). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ async def real(rounds: int) -> dict[str, float]:
     """Episodes per second with one and with two servers of one core each."""
     policy = open_snapshot("tiny-sorter").path
     cores = sorted(os.sched_getaffinity(0))
-    prompts, rollouts, points = 32, 4, 8
+    prompts, rollouts, points = 32, 4, 24
     rates: dict[str, list[float]] = {"one": [], "two": []}
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -143,7 +144,7 @@ def serve_simulated(port_out: Connection) -> None:
         return web.json_response({"version": "simulated", "realised_step": 0.0, "seconds": {}})
 
     async def facts(_: web.Request) -> web.Response:
-        return web.json_response({"protocol": PROTOCOL})
+        return web.json_response({"protocol": PROTOCOL, "load": "simulated"})
 
     async def serve() -> None:
         app = web.Application(client_max_size=2**28)

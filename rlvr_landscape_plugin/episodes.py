@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import functools
+import gc
 import hashlib
 import inspect
 import itertools
@@ -20,7 +23,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -271,11 +274,12 @@ class EpisodeRunner:
             return result
 
         try:
-            async with asyncio.TaskGroup() as group:
-                cells = [
-                    [group.create_task(one(prompt, rollout)) for rollout in range(rollouts)]
-                    for prompt in range(len(tasks))
-                ]
+            with _rare_collections():
+                async with asyncio.TaskGroup() as group:
+                    cells = [
+                        [group.create_task(one(prompt, rollout)) for rollout in range(rollouts)]
+                        for prompt in range(len(tasks))
+                    ]
         except* ServerError as failures:
             from rlvr_landscape_plugin.serving.client import first_error
 
@@ -329,15 +333,51 @@ class EpisodeRunner:
         """What is looked up once per task rather than once per turn; tasks must outlive the runner."""
         found = self._known.get(id(task))
         if found is None:
-            found = self._known[id(task)] = _KnownTask(task.key, task.hash, task.hooks("stop"))
+            found = self._known[id(task)] = _KnownTask(task)
         return found
 
 
-@dataclass(frozen=True)
 class _KnownTask:
-    key: str
-    hash: str
-    stops: list[Callable[..., Any]]
+    def __init__(self, task: vf.Task) -> None:
+        from verifiers.v1.trace import TraceTask
+
+        self.record = TraceTask.model_construct(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
+        self.stops = task.hooks("stop")
+        self.scorer = copy.copy(task)
+        # score() looks its hooks up by scanning classes and reads each signature three times: half of what it costs.
+        hooks = {"stop": self.stops} | {kind: [_signed(fn) for fn in task.hooks(kind)] for kind in ("metric", "reward")}
+        vars(self.scorer)["hooks"] = hooks.__getitem__
+
+
+def _signed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with its signature at hand."""
+
+    @functools.wraps(function)
+    def call(**given: Any) -> Any:
+        return function(**given)
+
+    vars(call)["__signature__"] = inspect.signature(function)
+    return call
+
+
+_batches: list[tuple[int, int, int]] = []
+"""The garbage collector's own thresholds, once for every batch in flight."""
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python look for reference cycles rarely while a batch is in flight.
+
+    It would walk the traces of all episodes again and again, half of the client's time, and they hold hardly a cycle.
+    """
+    _batches.append(_batches[0] if _batches else gc.get_threshold())
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        own = _batches.pop()
+        if not _batches:
+            gc.set_threshold(*own)
 
 
 class _Agent:
@@ -368,14 +408,12 @@ class _Agent:
 class _Interaction:
     def __init__(self, runner: EpisodeRunner, task: vf.Task, seed: Callable[[int], int], cut: list[bool]) -> None:
         from verifiers.v1.state import state_cls
-        from verifiers.v1.trace import AgentInfo, Trace, TraceTask
+        from verifiers.v1.trace import AgentInfo, Trace
 
         self._runner, self._task, self._seed, self._cut = runner, task, seed, cut
         self._known = runner.known(task)
         self.trace: Any = Trace(
-            task=TraceTask.model_construct(
-                type=type(task).__name__, data=task.data, key=self._known.key, hash=self._known.hash
-            ),
+            task=self._known.record.model_copy(),
             agent=AgentInfo.model_construct(config=runner._agent_config),
             state=state_cls(type(task))(),
         )
@@ -473,7 +511,7 @@ class _Interaction:
         if not self._closed:
             self._closed = True
             self.trace.stop("user_closed")
-            await self._task.score(self.trace)
+            await self._known.scorer.score(self.trace)
             self.trace.is_completed = self.trace.ok = True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 from pathlib import Path
 
@@ -149,6 +151,43 @@ async def test_a_verifier_that_fails_is_data_and_a_server_that_fails_is_not(chat
 
     with pytest.raises(ServerError, match="gone"):
         await runner(env, chat, Dead()).batch([task], 2, lambda p, r, t: 0, lambda: None)
+
+
+@pytest.mark.parametrize(("env_id", "options"), [("rlvr-alphabet-sort", TASKSET), ("tiny-quiz", {})])
+async def test_scores_are_what_verifiers_own_scoring_records(chat, tasksets, env_id, options):
+    env = open_environment(env_id, options)
+    for task in load_tasks(env, 3):
+        sampler = Scripted(chat, ["Ann\nBob", "four", "five"])
+        trace = (await runner(env, chat, sampler, keep_traces=True).episode(task, lambda turn: 0)).trace
+        ours = trace.rewards, trace.metrics
+        trace.rewards, trace.metrics = {}, {}
+        await task.score(trace)
+        assert ours[0]
+        assert ours == (trace.rewards, trace.metrics)
+
+
+async def test_batches_leave_the_garbage_collector_as_it_was(chat, tasksets):
+    env = open_environment("tiny-quiz", {})
+    tasks, before, during = load_tasks(env, 2), gc.get_threshold(), []
+
+    class Slow(Scripted):
+        async def generate(self, prompt, seed, max_tokens):
+            await asyncio.sleep(0.01 * seed)
+            during.append(gc.get_threshold())
+            if seed == 3:
+                raise ServerError("gone")
+            self.prompts.clear()
+            return await super().generate(prompt, seed, max_tokens)
+
+    async def batch(seed: int) -> None:
+        await runner(env, chat, Slow(chat, ["x"])).batch(tasks, 2, lambda p, r, t: seed, lambda: None)
+
+    first, second, third = await asyncio.gather(*(batch(seed) for seed in (1, 2, 3)), return_exceptions=True)
+    assert (first, second) == (None, None)
+    assert isinstance(third, ServerError)
+    assert len(set(during)) == 1
+    assert before not in during
+    assert gc.get_threshold() == before
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ async def test_no_prefix_cache_outlives_a_move(server):
         await client.load(str(POLICY), SLICE)
         for alpha in (0.0, 0.3, -0.3):
             await client.move(alpha, 0.0)
-            # Several cache blocks long (a block is 128 tokens on a CPU): shorter prompts are never reused.
+            # Several cache blocks long: only whole blocks are reused.
             batch = [(prompt * 20)[:500] for prompt in prompts(4)]
             sampled = await asyncio.gather(*(client.generate(p, 1, 24) for p in batch for _ in range(2)))
             whole = [
@@ -83,6 +83,38 @@ async def test_no_prefix_cache_outlives_a_move(server):
             for ids, completion, scored in zip(whole, sampled, await client.score(whole), strict=True):
                 start = len(ids) - len(completion.tokens) - 1
                 np.testing.assert_allclose(completion.logprobs, scored[start:], atol=1e-4)
+
+
+async def prefix_cache(server: LocalServer) -> np.ndarray:
+    """Prompt tokens so far that were looked up in the prefix cache, and that were found there."""
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{server.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+    counters = ("vllm:prefix_cache_queries_total{", "vllm:prefix_cache_hits_total{")
+    return np.array([sum(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in counters])
+
+
+async def test_rollouts_of_one_prompt_share_it_over_turns_and_scoring_does_not_look(server):
+    prompt = (prompts(1)[0] * 20)[:200]
+    whole = 200 // 32 * 32  # tokens in whole blocks of the cache
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0.01, 0)
+        before = await prefix_cache(server)
+        first = await asyncio.gather(*(client.generate(prompt, seed, 40) for seed in range(16)))
+        opening = await prefix_cache(server) - before
+        assert opening.tolist() == [16 * 200, 15 * whole]
+        longer = [[*prompt, *completion.tokens.tolist(), *prompt[:30]] for completion in first]
+        second = await asyncio.gather(*(client.generate(tokens, seed, 8) for seed, tokens in enumerate(longer)))
+        asked, found = await prefix_cache(server) - before - opening
+        assert asked == sum(map(len, longer))
+        assert found >= 16 * whole
+        sequences = [np.array([*p, *c.tokens], np.int32) for p, c in zip(longer, second, strict=True)]
+        scored = await client.score(sequences)
+        assert (await prefix_cache(server) - before - opening).tolist() == [asked, found]
+        for ids, completion, logprobs in zip(sequences, second, scored, strict=True):
+            start = len(ids) - len(completion.tokens) - 1
+            np.testing.assert_allclose(completion.logprobs, logprobs[start:], atol=1e-4)
 
 
 async def test_the_origin_is_the_snapshot_bit_for_bit(server, tmp_path, monkeypatch):

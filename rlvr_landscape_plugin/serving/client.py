@@ -69,6 +69,8 @@ class LandscapeClient:
         self.url = url.rstrip("/")
         self.version: str | None = None
         """Weight version of the last move; sampling and scoring insist on it."""
+        self._load: str | None = None
+        """Name of the last load; moves insist on it."""
         self._headers = {"Authorization": f"Bearer {token}"}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=timeout)
         self._sampling = sampling or Sampling()
@@ -141,12 +143,17 @@ class LandscapeClient:
         """
         self.version = None
         body = {"snapshot": snapshot, "slice": slice_, "directions": dict(directions or {})}
-        return await self._json("POST", "/landscape/load", body)
+        facts = await self._json("POST", "/landscape/load", body)
+        self._load = facts["load"]
+        return facts
 
     async def move(self, alpha: float, beta: float) -> MoveResult:
-        """Set the weights to θ + α δ + β η and empty every cache. Atomic: see endpoint.py for what a failure leaves."""
+        """Set the weights to θ + α δ + β η and empty every cache. Atomic: see endpoint.py for what a failure leaves.
+
+        The slice is that of this client's last load; refused if another client has loaded one since.
+        """
         self.version = None
-        answer = await self._json("POST", "/landscape/move", {"alpha": alpha, "beta": beta})
+        answer = await self._json("POST", "/landscape/move", {"alpha": alpha, "beta": beta, "load": self._load})
         self.version = answer["version"]
         return MoveResult(answer["version"], answer["realised_step"], answer["seconds"])
 

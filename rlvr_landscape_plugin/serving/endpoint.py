@@ -3,7 +3,7 @@
     GET  /landscape/info        what this server is and where its weights stand
     GET  /landscape/checksums   SHA-256 of every parameter in kernel layout, one dict per worker
     POST /landscape/load        {snapshot, slice, directions} take a snapshot and a slice in
-    POST /landscape/move        {alpha, beta}                 pause · write · empty the caches · resume
+    POST /landscape/move        {alpha, beta, load}           pause · write · empty the caches · resume
     POST /landscape/generate    {requests, sampling, version} sample; one JSON line per finished request
     POST /landscape/score       {sequences, version}          log π of given tokens; one JSON line per sequence
 
@@ -166,7 +166,8 @@ class LandscapeEndpoint:
                     raise HTTPException(500, f"the weights are dirty, load and move again: {error}")
                 raise HTTPException(422, error)
             before, self._loaded = self._loaded, None
-            self._loaded = {"snapshot": str(path), "slice": call.slice, **_joined(reports)}
+            name = uuid.uuid4().hex[:12]
+            self._loaded = {"load": name, "snapshot": str(path), "slice": call.slice, **_joined(reports)}
             if before is None or before["snapshot_sha256"] != self._loaded["snapshot_sha256"] or self._at != (0.0, 0.0):
                 if self._state == "clean":
                     self._state = "unknown"
@@ -183,6 +184,12 @@ class LandscapeEndpoint:
             loaded = self._loaded
             if loaded is None:
                 raise HTTPException(409, "no snapshot is loaded; POST /landscape/load first")
+            if call.load not in (None, loaded["load"]):
+                raise HTTPException(
+                    409,
+                    f"another client loaded {Path(loaded['snapshot']).name} since load {call.load}; exactly one sweep "
+                    "may use a server at a time",
+                )
             clock = [time.perf_counter()]
             before = (self._state, self._at)
             self._state = "moving"
@@ -330,12 +337,20 @@ class LandscapeEndpoint:
             return encoder.encode({"i": index, **result}) + b"\n"
 
         async def lines() -> AsyncIterator[bytes]:
-            tasks = [asyncio.ensure_future(line(index)) for index in range(count)]
+            ready: asyncio.Queue[bytes] = asyncio.Queue()
+
+            async def run(index: int) -> None:
+                ready.put_nowait(await line(index))
+
+            tasks = [asyncio.ensure_future(run(index)) for index in range(count)]
             try:
-                pending: set[asyncio.Future[bytes]] = set(tasks)
-                while pending:
-                    done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                    yield b"".join(task.result() for task in done)
+                left = count
+                while left:
+                    chunk = [await ready.get()]
+                    while not ready.empty():
+                        chunk.append(ready.get_nowait())
+                    left -= len(chunk)
+                    yield b"".join(chunk)
             finally:
                 for task in tasks:
                     task.cancel()
@@ -383,7 +398,7 @@ def _joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
             f"steps would be measured wrongly; start the server with {MOVE_PATH_VARIABLE}=loader",
         )
     slowest = next((report for report in reports if report["move_path"] != "kernel"), reports[0])
-    path = {key: slowest[key] for key in ("move_path", "move_path_reason")}
+    path = {key: value for key, value in slowest.items() if key.startswith(("move_path", "directions_memory"))}
     return {key: value for key, value in (reports[0] | path).items() if key not in ("theta", "theta_share")}
 
 

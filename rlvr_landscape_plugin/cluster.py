@@ -69,7 +69,8 @@ class ShardJob:
 
     def __call__(self, config: dict[str, Any]) -> list[str]:
         """Measure; returns the datasets that this job wrote or found."""
-        from rlvr_landscape_plugin.sweep import Display, run_sweep
+        from rlvr_landscape_plugin.display import Display
+        from rlvr_landscape_plugin.sweep import run_sweep
 
         with Display() as display:
             return [str(path) for path in asyncio.run(run_sweep(SweepConfig.model_validate(config), display))]

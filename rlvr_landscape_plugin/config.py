@@ -69,11 +69,25 @@ class AxisConfig(StrictConfig):
             raise ValueError(f"the range {self.min} … {self.max} must contain the origin 0 in its inside")
         return self
 
-    def values(self) -> np.ndarray:
-        """Coordinates, float64, ascending, 0.0 among them exactly once."""
-        values = np.linspace(self.min, self.max, self.points)
-        values[np.abs(values) <= 1e-12 * (self.max - self.min)] = 0.0
+    def values(self, factor: float = 1.0) -> np.ndarray:
+        """Coordinates of the axis made `factor` times as long: float64, ascending, 0.0 among them exactly once."""
+        low, high = self.min * factor, self.max * factor
+        values = np.linspace(low, high, self.points)
+        values[np.abs(values) <= 1e-12 * (high - low)] = 0.0
         return values if 0.0 in values else np.sort(np.append(values, 0.0))
+
+
+class FindRangeConfig(StrictConfig):
+    """Choose the range for each snapshot, by a few probes at the ends of the axes; see `ranges.find_range`."""
+
+    retention: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the checkpoint's reward that policies at the ends of the axes keep on average."""
+    kl: float = Field(default=0.5, gt=0)
+    """Their mean KL divergence in nat per token, which decides where the checkpoint's own reward is not above 0."""
+    prompts: int = Field(default=32, ge=8)
+    """Tasks of a probe, the first of `env.num_prompts`."""
+    largest_factor: float = Field(default=32, gt=1)
+    """`min` and `max` of both axes are multiplied by at most this, and by at least 1 / this."""
 
 
 class GridConfig(StrictConfig):
@@ -83,6 +97,8 @@ class GridConfig(StrictConfig):
     """Coordinates along δ."""
     beta: AxisConfig = AxisConfig()
     """Coordinates along η."""
+    find: FindRangeConfig | None = None
+    """Scale both axes by one factor per snapshot, found by probes; absent: `min` and `max` as they are."""
 
 
 class DirectionConfig(StrictConfig):
@@ -185,7 +201,8 @@ class SurrogateConfig(StrictConfig):
 
 
 class ServerConfig(StrictConfig):
-    """The vLLM servers. Only `dtype`, `device` and `max_model_len` may change a result; the rest is about speed."""
+    """The vLLM servers. Only `dtype`, `device`, `max_model_len` and `directions_memory = "half"` may change a result;
+    the rest is about speed."""
 
     urls: list[str] = []
     """Servers to use; empty starts one here, on loopback, and ends it after the sweep."""
@@ -205,6 +222,10 @@ class ServerConfig(StrictConfig):
     """Tokens scheduled together. Scoring holds this many × vocabulary × 4 bytes beside the weights."""
     gpu_memory_utilization: float = Field(default=0.7, gt=0, le=1)
     """vLLM's share of a GPU; the slice's float32 copies (12 bytes per parameter) need room beside it."""
+    directions_memory: Literal["auto", "float32", "half", "regenerated"] = "auto"
+    """How a server started here keeps the directions. `auto`: float32 on the GPU, else on the host, else `regenerated`
+    (drawn again for each move: slow, the same weights), whichever fits. `half`: in 16 bits, other directions by their
+    rounding. Servers in `urls` have the environment variable RLVR_LANDSCAPE_DIRECTIONS_MEMORY instead."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """KV cache of a CPU server, GiB."""
     tensor_parallel_size: int = Field(default=1, ge=1)
@@ -249,8 +270,23 @@ class SweepConfig(StrictConfig):
     shard: str | None = None
     """`i/n`: measure only the i-th of n shares of every slice's points (i = 1 … n). All shards share `output`; the one
     that finishes last writes the datasets."""
+    until_ci_width: float | None = Field(default=None, gt=0, lt=2)
+    """Progressive: begin with a coarse grid and few prompts, and refine until the 95 % interval of the KL–reward
+    correlation is not wider than this. `grid` and `env.num_prompts` are then the most that is measured."""
+    until_ci_of: Literal["correlation", "beyond_radius"] = "correlation"
+    """Which number `until_ci_width` is about: the noise-corrected Pearson correlation over the grid, or the part of it
+    that distance from the origin cannot explain."""
     dry_run: bool = False
     """Print the resolved configuration and the expected cost, then stop."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> SweepConfig:
+        if self.shard is not None and self.share[1] > 1 and self.until_ci_width is not None:
+            raise ValueError(
+                f"shard = {self.shard!r} with until_ci_width = {self.until_ci_width}: a progressive sweep decides on "
+                "all points after each round; give one process several server.urls instead"
+            )
+        return self
 
     @field_validator("shard")
     @classmethod
@@ -270,7 +306,10 @@ class SweepConfig(StrictConfig):
     def provenance(self) -> dict[str, Any]:
         """What determines the numbers, JSON-able; `from_provenance` turns it back into a configuration."""
         data = self.model_dump(
-            mode="json", exclude={"output", "snapshots", "save_traces", "shard", "dry_run", "server"}
+            mode="json",
+            exclude={
+                *("output", "snapshots", "save_traces", "shard", "until_ci_width", "until_ci_of", "dry_run", "server")
+            },
         )
         # A slice's own seed is part of its identity, the list of all of them is not.
         del data["slice"]["seeds"], data["slice"]["run"], data["env"]["max_concurrent"]
@@ -279,7 +318,12 @@ class SweepConfig(StrictConfig):
         for key in ("alpha", "beta", "orthogonalize"):
             if data["slice"][key] == plain[key]:
                 del data["slice"][key]
-        return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}
+        if data["grid"]["find"] is None:
+            del data["grid"]["find"]
+        server: dict[str, Any] = {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}
+        if self.server.directions_memory == "half":
+            server["directions_memory"] = "half"
+        return data | {"server": server}
 
     @classmethod
     def from_provenance(cls, data: dict[str, Any]) -> SweepConfig:
@@ -326,12 +370,15 @@ def dry_run_report(config: SweepConfig) -> str:
     scored = slices * (points + 1) * batch * config.server.max_model_len
     # Nine float32 values per rollout and point, halved by compression in practice, kept once in the journal too.
     disk = slices * points * batch * 9 * 4 * 2
+    most = "at most " if config.until_ci_width is not None else ""
+    probes = "" if config.grid.find is None else ", ranges to be found by probes"
     return "\n".join(
         [
             json.dumps(dump, indent=2),
-            f"grid        {len(alphas)} × {len(betas)} = {points} points, {slices} slices "
-            f"({len(config.snapshots)} snapshots × {len(config.slice.seeds)} seeds)",
-            f"episodes    {episodes:,} ({config.env.num_prompts} prompts × {config.env.rollouts} rollouts per point)",
+            f"grid        {most}{len(alphas)} × {len(betas)} = {points} points, {slices} slices "
+            f"({len(config.snapshots)} snapshots × {len(config.slice.seeds)} seeds){probes}",
+            f"episodes    {most}{episodes:,} ({config.env.num_prompts} prompts × {config.env.rollouts} rollouts "
+            "per point)",
             f"sampled     at most {generated:,} tokens per turn of an episode",
             f"scored      at most {scored:,} tokens (episodes are usually far shorter than max_model_len)",
             f"disk        at most {disk / 2**20:,.1f} MiB",

@@ -16,8 +16,8 @@ from typing import Generic, Protocol, TypeVar
 
 from rlvr_landscape_plugin.errors import ServerError
 
-Cell = tuple[int, int]
-"""Grid indices (i, j) of a point."""
+Cell = tuple[int, ...]
+"""What names a point, or a portion of one."""
 ATTEMPTS = 3
 """Failures of one point, on whichever servers, that end the sweep."""
 OVERDUE, OVERDUE_SECONDS = 4.0, 5.0
@@ -114,15 +114,18 @@ class Crew(Generic[Server]):
         self._away: set[int] = set()
         self._alive = time.monotonic()
 
-    async def work(self, queue: PointQueue, job: Job[Server]) -> None:
+    async def work(self, queue: PointQueue, job: Job[Server], anew: bool = True) -> None:
         """Until every point is finished. Servers still busy with a copy are cut off then, and no longer present.
+
+        `anew`: this is another slice than before, which every server has to enter.
 
         Raises the `ServerError` of the last server when none has answered for `patience` seconds, or of a point that
         failed three times.
         """
-        for server in self.servers:
-            server.present = False
-        self._away.clear()
+        if anew:
+            for server in self.servers:
+                server.present = False
+            self._away.clear()
         self._alive = time.monotonic()
         workers = {asyncio.create_task(self._serve(server, queue, job)) for server in self.servers}
         try:

@@ -78,6 +78,12 @@ class BaseBatch:
         """int32 (prompt, rollout): sampled tokens."""
         return np.array([[len(cell) for cell in row] for row in self.logprobs], dtype=np.int32)
 
+    def part(self, prompts: range) -> BaseBatch:
+        """That of some prompts, which follow on each other."""
+        some = slice(prompts.start, prompts.stop)
+        reward, status, advantage = (values[some] for values in (self.reward, self.status, self.advantage))
+        return BaseBatch(reward, status, advantage, self.segments[some], self.logprobs[some])
+
     def to_dataset(self) -> xr.Dataset:
         """Everything, tokens included, as a dataset that `from_dataset` reads back bit for bit."""
         cells = [(p, r) for p in range(self.reward.shape[0]) for r in range(self.reward.shape[1])]
@@ -161,9 +167,9 @@ class PointMeter:
     seed: int
     surrogate: SurrogateConfig
 
-    async def base(self, progress: Callable[[], None]) -> BaseBatch:
-        """Sample and re-score the checkpoint's own batch; the server must stand at the origin."""
-        batch = await self._sample("base", progress)
+    async def base(self, progress: Callable[[], None], prompts: range | None = None) -> BaseBatch:
+        """Sample and re-score the checkpoint's own batch, on some or all tasks; the server must stand at the origin."""
+        batch = await self._sample("base", prompts or range(len(self.tasks)), progress)
         reward = np.array([[cell.reward for cell in row] for row in batch], dtype=np.float64)
         segments = [[cell.segments for cell in row] for row in batch]
         return BaseBatch(
@@ -175,16 +181,26 @@ class PointMeter:
         )
 
     async def point(
-        self, base: BaseBatch, alpha: float, beta: float, progress: Callable[[], None]
+        self,
+        base: BaseBatch,
+        alpha: float,
+        beta: float,
+        progress: Callable[[], None],
+        prompts: range | None = None,
     ) -> tuple[xr.Dataset, list[list[Rollout]]]:
         """Move to (α, β), roll out and score. The dataset has dims (prompt, rollout) and per-point scalars.
 
-        At the origin the scores are those of the base batch, so that ρ = 1 holds there exactly.
+        `base` is that of all tasks; `prompts`: the tasks to measure (default: all), whose rollouts are the same
+        whichever others are measured with them. At the origin the scores are those of the base batch, so that ρ = 1
+        holds there exactly.
         """
+        if prompts is None:
+            prompts = range(len(self.tasks))
+        base = base.part(prompts)
         clock = [time.perf_counter()]
         move = await self.client.move(alpha, beta)
         clock.append(time.perf_counter())
-        batch = await self._sample("fresh", progress)
+        batch = await self._sample("fresh", prompts, progress)
         clock.append(time.perf_counter())
         origin = alpha == 0 and beta == 0
         scored = base.logprobs if origin else await score_segments(self.client, base.segments)
@@ -196,11 +212,11 @@ class PointMeter:
         data.attrs["weight_version"] = move.version
         return data, batch
 
-    async def _sample(self, stream: str, progress: Callable[[], None]) -> list[list[Rollout]]:
+    async def _sample(self, stream: str, prompts: range, progress: Callable[[], None]) -> list[list[Rollout]]:
         def seed(prompt: int, rollout: int, turn: int) -> int:
-            return sampling_seed(self.seed, stream, prompt, rollout, turn)
+            return sampling_seed(self.seed, stream, prompts[prompt], rollout, turn)
 
-        return await self.runner.batch(self.tasks, self.rollouts, seed, progress)
+        return await self.runner.batch(self.tasks[prompts.start : prompts.stop], self.rollouts, seed, progress)
 
     def _arrays(self, base: BaseBatch, batch: list[list[Rollout]], scored: list[list[np.ndarray]]) -> xr.Dataset:
         low, high = self.surrogate.clip_low, self.surrogate.clip_high

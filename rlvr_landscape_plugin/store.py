@@ -4,7 +4,7 @@ One directory per snapshot and slice:
 
     journal.json       what is measured here; a directory of something else is refused
     base.nc            the checkpoint's own batch, tokens included
-    points/*.nc        one file per finished point
+    points/*.nc        one file per finished point; of a progressive sweep, one per point and range of prompts
     recheck.nc         the base batch scored again after the last point
 
 A file appears under its name only when it is whole: written under a temporary name, synced, then linked without
@@ -22,11 +22,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from rlvr_landscape_plugin.errors import StoreError
 POINT = ("alpha", "beta")
 CELL = ("prompt", "rollout")
 FULL = (*POINT, *CELL)
+Cell = tuple[int, int]
+"""Grid indices (i, j) of a point."""
 ERROR = 2
 """Value of `status` for a rollout that failed; only such a rollout may lack a reward."""
 STALE_SECONDS = 3600.0
@@ -153,6 +156,22 @@ DISPLACEMENT_RADIUS = Variable(
 
 
 @dataclass(frozen=True)
+class Rectangle:
+    """A part of the grid and of the prompt set: some α × some β × the first `prompts` tasks."""
+
+    rows: tuple[int, ...]
+    """Indices of α, ascending."""
+    columns: tuple[int, ...]
+    """Indices of β, ascending."""
+    prompts: int
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Its points."""
+        return [(i, j) for i in self.rows for j in self.columns]
+
+
+@dataclass(frozen=True)
 class Annotations:
     """What a dataset says besides its points: how far training had gone, and names of its own."""
 
@@ -175,6 +194,7 @@ class Journal:
         self.alphas, self.betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
         self.identity = identity
         self._base_sha256: str | None = None
+        self._prompts = 0
         with _Disk(self.root):
             (self.root / "points").mkdir(parents=True, exist_ok=True)
         _remove_stale(self.root)
@@ -182,7 +202,7 @@ class Journal:
         # The axes are written out: a configuration alone does not say which coordinates it became.
         asked = {**identity, "axes": {"alpha": self.alphas.tolist(), "beta": self.betas.tolist()}}
         if not path.exists():
-            self._publish(path, lambda scratch: scratch.write_text(json.dumps(asked, indent=1, sort_keys=True)))
+            _publish(path, lambda scratch: scratch.write_text(json.dumps(asked, indent=1, sort_keys=True)))
         try:
             stored = json.loads(path.read_text())
         except ValueError as error:
@@ -197,22 +217,54 @@ class Journal:
                 f"what its journal.json says:\n{listed}"
             )
 
-    def _path(self, i: int, j: int) -> Path:
-        return self.root / "points" / f"a{i:03d}_b{j:03d}.nc"
+    def _path(self, i: int, j: int, prompts: range | None = None) -> Path:
+        return self.root / "points" / point_name(i, j, prompts)
 
-    def done(self) -> set[tuple[int, int]]:
-        """Grid indices (i, j) whose file is whole. A damaged one is moved aside with a warning."""
-        found = set()
-        for i in range(len(self.alphas)):
-            for j in range(len(self.betas)):
-                if self._path(i, j).exists() and self._readable(self._path(i, j)):
-                    found.add((i, j))
-        return found
+    @property
+    def prompts(self) -> int | None:
+        """Tasks of the base batch; None before there is one."""
+        return self._prompts if self._base_digest() is not None else None
+
+    def done(self) -> set[Cell]:
+        """Grid indices (i, j) of the points that are whole. A damaged file is moved aside with a warning."""
+        return {cell for cell, count in self.covered().items() if count == math.inf or count == self.prompts}
+
+    def covered(self) -> dict[Cell, float]:
+        """Each point with files → how many prompts they hold, the first counted on; inf: a file of all prompts."""
+        ends = {cell: self._chain(paths)[1] for cell, paths in self._files().items()}
+        return {cell: end for cell, end in ends.items() if end}
 
     def status(self) -> tuple[int, int]:
         """(finished points, all points), by names only."""
-        total = len(self.alphas) * len(self.betas)
-        return sum(1 for _ in (self.root / "points").glob("a*_b*.nc")), total
+        finished = (self._chain(paths, by_name=True)[1] for paths in self._files().values())
+        return sum(c == math.inf or c == self.prompts for c in finished), len(self.alphas) * len(self.betas)
+
+    def _files(self) -> dict[Cell, dict[tuple[int, float], Path]]:
+        """Point → (first prompt, end) → file; the end of a whole point is inf."""
+        found: dict[Cell, dict[tuple[int, float], Path]] = {}
+        for path in (self.root / "points").glob("a*_b*.nc"):
+            if match := _POINT_FILE.fullmatch(path.name):
+                i, j, start, stop = match.groups()
+                ends = (0, math.inf) if start is None else (int(start), int(stop))
+                if int(i) < len(self.alphas) and int(j) < len(self.betas):
+                    found.setdefault((int(i), int(j)), {})[ends] = path
+        return found
+
+    def _chain(
+        self, paths: Mapping[tuple[int, float], Path], by_name: bool = False, until: float = math.inf
+    ) -> tuple[list[Path], float]:
+        """Files that follow on each other from the first prompt, and where they end: past `until` only if they must."""
+        reached: dict[float, tuple[float, Path] | None] = {0: None}
+        for (start, stop), path in sorted(paths.items()):
+            if start in reached and stop not in reached and (by_name or self._readable(path)):
+                reached[stop] = (start, path)
+        end = min((stop for stop in reached if stop >= until), default=max(reached))
+        chain: list[Path] = []
+        at = end
+        while step := reached[at]:
+            at = step[0]
+            chain.insert(0, step[1])
+        return chain, end
 
     def _readable(self, path: Path) -> bool:
         """Whether every value of a point can be read and belongs here; if not, the file is moved aside."""
@@ -233,6 +285,9 @@ class Journal:
             return "it is not a point of this sweep"
         if point.attrs.get("file", path.name) != path.name:
             return f"it is {point.attrs['file']} under another name"
+        match = _POINT_FILE.fullmatch(path.name)
+        if match and match[3] and point.sizes.get("prompt") != int(match[4]) - int(match[3]):
+            return f"it holds {point.sizes.get('prompt')} prompts, its name says {match[3]} to {match[4]}"
         return self._other_base(point) or _wrong_shape(point, (FULL, POINT))
 
     def _other_base(self, scored: xr.Dataset) -> str:
@@ -242,7 +297,7 @@ class Journal:
 
     def _base_digest(self) -> str | None:
         if self._base_sha256 is None and (base := self.read_base()) is not None:
-            self._base_sha256 = _content_digest(base)
+            self._base_sha256, self._prompts = _content_digest(base), base.sizes["prompt"]
         return self._base_sha256
 
     def write_base(self, base: xr.Dataset) -> xr.Dataset:
@@ -253,7 +308,7 @@ class Journal:
         kept = self.read_base()
         if kept is None:
             raise StoreError(f"{self.root / 'base.nc'} vanished while it was written; run the same command again")
-        self._base_sha256 = _content_digest(kept)
+        self._base_sha256, self._prompts = _content_digest(kept), kept.sizes["prompt"]
         return kept
 
     def read_base(self) -> xr.Dataset | None:
@@ -289,27 +344,15 @@ class Journal:
 
     def read_facts(self, name: str) -> list[dict[str, Any]] | None:
         """What `write_facts` wrote, or None. A damaged file is moved aside."""
-        path = self.root / name
-        try:
-            content = json.loads(path.read_text())
-            if isinstance(content, list):  # written without a checksum
-                return content
-            if digest(content["servers"]) == content["sha256"]:
-                return content["servers"]
-            reason = "its content is not what its checksum says"
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        _move_aside(path, reason)
-        return None
+        content = _checked_json(self.root / name, "servers")
+        # A list was written without a checksum.
+        return content if content is None or isinstance(content, list) else content["servers"]
 
-    def write_point(self, i: int, j: int, point: xr.Dataset) -> None:
+    def write_point(self, i: int, j: int, point: xr.Dataset, prompts: range | None = None) -> None:
         """Keep a finished point, dims (prompt, rollout) and per-point scalars; an existing one stays.
 
-        Refuses an unknown, missing or misshapen variable, and a missing reward of a rollout that did not fail.
+        `prompts`: which tasks it holds, if not all. Refuses an unknown, missing or misshapen variable, and a missing
+        reward of a rollout that did not fail.
         """
         if not (0 <= i < len(self.alphas) and 0 <= j < len(self.betas)):
             raise StoreError(f"point ({i}, {j}) is outside the grid of {len(self.alphas)} × {len(self.betas)}")
@@ -317,7 +360,9 @@ class Journal:
             raise StoreError(f"point ({i}, {j}) has variables that the schema does not know: {', '.join(unknown)}")
         if problem := _wrong_shape(point, (FULL, POINT)):
             raise StoreError(f"point ({i}, {j}): {problem}")
-        path = self._path(i, j)
+        if prompts is not None and len(prompts) != point.sizes["prompt"]:
+            raise StoreError(f"point ({i}, {j}) has {point.sizes['prompt']} prompts, not those of {prompts}")
+        path = self._path(i, j, prompts)
         if path.exists():
             self._readable(path)  # so that an unfit one does not stay
         marks = {"file": path.name}
@@ -325,12 +370,16 @@ class Journal:
             marks["base_sha256"] = base
         self._write(path, point.assign_attrs(marks))
 
-    def read_point(self, i: int, j: int) -> xr.Dataset:
-        """A finished point."""
-        found = self._read(self._path(i, j))
-        if found is None:
+    def read_point(self, i: int, j: int, prompts: int | None = None) -> xr.Dataset:
+        """A finished point, its first `prompts` tasks (default: all); wall times of its parts are added up."""
+        wanted = math.inf if prompts is None else prompts
+        paths, end = self._chain(self._files().get((i, j), {}), by_name=True, until=wanted)
+        if end not in (math.inf, self.prompts) and end < wanted:
             raise StoreError(f"point ({i}, {j}) of {self.root} is not measured yet")
-        return found
+        parts = [part for part in map(self._read, paths) if part is not None]
+        if len(parts) != len(paths):
+            raise StoreError(f"files of point ({i}, {j}) vanished from {self.root}; run the same command again")
+        return _joined(parts).isel(prompt=slice(prompts))
 
     def _read(self, path: Path) -> xr.Dataset | None:
         try:
@@ -348,78 +397,94 @@ class Journal:
         data = data.assign_attrs(sha256=_checksum(data))
         stored = {"zlib": True, "complevel": 1, "fletcher32": True}
         encoding = {name: stored for name in data.data_vars if data[name].size > 1}
-        self._publish(
-            path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding)
-        )
+        _publish(path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding))
 
-    def _publish(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """Write under a temporary name, sync, and link to `path` unless a whole file is already there."""
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    @property
+    def full(self) -> Rectangle:
+        """The whole grid and all prompts. Raises `StoreError` before there is a base batch."""
+        if self.prompts is None:
+            raise StoreError(f"{self.root} lacks the base batch; run the same sweep again to finish it")
+        return Rectangle(tuple(range(len(self.alphas))), tuple(range(len(self.betas))), self.prompts)
+
+    def holds(self, out: Path, part: Rectangle | None = None) -> bool:
+        """Whether `out` is this journal's dataset of `part` (default: of everything), or of more.
+
+        Raises `StoreError` when it belongs to something else or cannot be read.
+        """
+        if not out.exists():
+            return False
         try:
-            with _Disk(path):
-                write(scratch)
-                _sync(scratch)
-                try:
-                    os.link(scratch, path)
-                except FileExistsError:
-                    pass
-                except OSError:  # a file system without hard links
-                    if not path.exists():
-                        os.rename(scratch, path)
-                _sync(path.parent)
-        finally:
-            with contextlib.suppress(OSError):  # a read-only disk would hide the first error
-                scratch.unlink(missing_ok=True)
+            with xr.open_dataset(out, engine="netcdf4") as present:
+                same = present.attrs.get("identity") == digest(self.identity)
+                alphas, betas, prompts = present["alpha"].values, present["beta"].values, present.sizes["prompt"]
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise StoreError(f"{out} is not a readable dataset ({error}); move it away and run again") from error
+        if not same:
+            raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
+        if part is None and self.prompts is None:
+            return (len(alphas), len(betas)) == (len(self.alphas), len(self.betas))
+        part = part or self.full
+        inside = np.isin(self.alphas[list(part.rows)], alphas).all() and np.isin(self.betas[list(part.columns)], betas)
+        return bool(np.all(inside)) and prompts >= part.prompts
 
-    def consolidate(self, out: Path, attributes: Mapping[str, Any], notes: Annotations | None = None) -> Path:
+    def consolidate(
+        self,
+        out: Path,
+        attributes: Mapping[str, Any],
+        notes: Annotations | None = None,
+        part: Rectangle | None = None,
+    ) -> Path:
         """Write the dataset of all points to `out`, dims (alpha, beta, prompt, rollout), one point in memory at a time.
 
-        An `out` of the same identity is left as it is. Raises `StoreError` when points are missing or `out` belongs to
-        something else.
+        `part`: what a progressive sweep measured, if not everything. An `out` of this journal that holds as much is
+        left as it is; one that holds less is replaced by the whole. Raises `StoreError` when points are missing or
+        `out` belongs to something else.
         """
-        identity = digest(self.identity)
-        if out.exists():
-            try:
-                with xr.open_dataset(out, engine="netcdf4") as present:
-                    same = present.attrs.get("identity") == identity
-            except (OSError, ValueError, RuntimeError) as error:
-                raise StoreError(f"{out} is not a readable dataset ({error}); move it away and run again") from error
-            if not same:
-                raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
+        if self.holds(out, part):
             return out
-        done = self.done()
-        missing = [cell for cell in np.ndindex(len(self.alphas), len(self.betas)) if cell not in done]
+        part = part or self.full
+        found = self.covered()
+        missing = [cell for cell in part.cells if found.get(cell, 0) < part.prompts]
         base, recheck = self.read_base(), self.read_recheck()
         if missing or base is None or recheck is None:
-            of = f"{len(missing)} of {len(self.alphas) * len(self.betas)} points"
+            of = f"{len(missing)} of {len(part.cells)} points"
             what = of if missing else "the base batch or the last look at the origin"
             raise StoreError(f"{self.root} lacks {what}; run the same sweep again to finish it")
-        self._publish(out, lambda scratch: self._fill(scratch, base, recheck, dict(attributes), notes or Annotations()))
+        base, recheck = (data.isel(prompt=slice(part.prompts)) for data in (base, recheck))
+        facts, notes = dict(attributes), notes or Annotations()
+        _publish(out, lambda scratch: self._fill(scratch, part, base, recheck, facts, notes), replace=out.exists())
         return out
 
     def _fill(
-        self, scratch: Path, base: xr.Dataset, recheck: xr.Dataset, attributes: dict[str, Any], notes: Annotations
+        self,
+        scratch: Path,
+        part: Rectangle,
+        base: xr.Dataset,
+        recheck: xr.Dataset,
+        attributes: dict[str, Any],
+        notes: Annotations,
     ) -> None:
         import netCDF4
 
+        alphas, betas = self.alphas[list(part.rows)], self.betas[list(part.columns)]
         configuration = json.dumps(self.identity.get("configuration", {}), sort_keys=True)
         stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with netCDF4.Dataset(scratch, "w", format="NETCDF4") as file:
             for name, size in (
-                ("alpha", len(self.alphas)),
-                ("beta", len(self.betas)),
+                ("alpha", len(alphas)),
+                ("beta", len(betas)),
                 ("prompt", base.sizes["prompt"]),
                 ("rollout", base.sizes["rollout"]),
             ):
                 file.createDimension(name, size)
-            for axis, symbol, values in (("alpha", "δ", self.alphas), ("beta", "η", self.betas)):
+            for axis, symbol, values in (("alpha", "δ", alphas), ("beta", "η", betas)):
                 usual = f"coordinate along direction {symbol}, in units of its norm"
                 _coordinate(file, axis, values, notes.long_names.get(axis, usual))
             _coordinate(file, "prompt", np.arange(base.sizes["prompt"]), "index of the task in the prompt set")
             _coordinate(file, "rollout", np.arange(base.sizes["rollout"]), "index of the rollout of a task")
             _scalar(file, "step", self.identity.get("step", 0), "optimizer updates behind the checkpoint")
             _scalar(file, "slice_seed", self.identity.get("slice", {}).get("seed", 0), "seed of the slice's directions")
-            sample = self.read_point(0, 0)
+            sample = self.read_point(*part.cells[0], part.prompts)
             variables = {}
             for name, variable in SCHEMA.items():
                 source = sample if variable.dims in (FULL, POINT) else recheck if name.startswith("recheck") else base
@@ -431,11 +496,11 @@ class Journal:
                 variables[name] = _create(file, name, named, base.sizes)
                 if variable.dims == CELL:
                     variables[name][:] = source[name].values
-            for i, j in np.ndindex(len(self.alphas), len(self.betas)):
-                point = self.read_point(i, j)
+            for place, cell in zip(np.ndindex(len(alphas), len(betas)), part.cells, strict=True):
+                point = self.read_point(*cell, part.prompts)
                 for name, target in variables.items():
                     if SCHEMA[name].dims in (FULL, POINT):
-                        target[i, j] = point[name].values
+                        target[place] = point[name].values
             norm = replace(DISPLACEMENT_NORM, comment=notes.displacement_comment)
             _create(file, "displacement_norm", norm, base.sizes)[...] = notes.displacement_norm
             radius = _create(file, "displacement_radius", DISPLACEMENT_RADIUS, base.sizes)
@@ -485,6 +550,90 @@ def replace_text(path: Path, parts: Iterable[str]) -> None:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+_POINT_FILE = re.compile(r"a(\d{3,})_b(\d{3,})(?:_p(\d{5,})-(\d{5,}))?\.nc")
+
+
+def point_name(i: int, j: int, prompts: range | None = None) -> str:
+    """File name of a point, or of the part of it that holds only these prompts."""
+    part = "" if prompts is None else f"_p{prompts.start:05d}-{prompts.stop:05d}"
+    return f"a{i:03d}_b{j:03d}{part}.nc"
+
+
+def _joined(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Parts of one point, one after the other along `prompt`."""
+    if len(parts) == 1:
+        return parts[0]
+    cells = [part.drop_vars([name for name in part.data_vars if part[name].dims != CELL]) for part in parts]
+    whole = xr.concat(cells, "prompt", combine_attrs="drop")
+    for name in parts[0].data_vars:
+        if name not in whole:
+            values = [part[name] for part in parts]
+            whole[name] = sum(values) if str(name).startswith("seconds_") else values[0]
+    return whole
+
+
+def _checked_json(path: Path, key: str) -> Any:
+    """A JSON file whose `sha256` is that of what stands under `key`, or None. A damaged one is moved aside."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, list) or digest(content[key]) == content["sha256"]:
+            return content
+        reason = "its content is not what its checksum says"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    _move_aside(path, reason)
+    return None
+
+
+def _publish(path: Path, write: Callable[[Path], Any], replace: bool = False) -> None:
+    """Write under a temporary name, sync, and link to `path`; a whole file that is there stays, unless `replace`."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with _Disk(path):
+            write(scratch)
+            _sync(scratch)
+            try:
+                if replace:
+                    os.replace(scratch, path)
+                else:
+                    os.link(scratch, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                if not path.exists():
+                    os.rename(scratch, path)
+            _sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # a read-only disk would hide the first error
+            scratch.unlink(missing_ok=True)
+
+
+def keep_record(path: Path, identity: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Keep what was found out once for several slices; returns what is kept: another process's if that was first."""
+    content = {"record": record, "sha256": digest(record), "identity": digest(identity)}
+    with _Disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _publish(path, lambda scratch: scratch.write_text(json.dumps(content, indent=1, sort_keys=True)))
+    kept = read_record(path, identity)
+    if kept is None:
+        raise StoreError(f"{path} vanished while it was written; run the same command again")
+    return kept
+
+
+def read_record(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `keep_record` kept, or None. A damaged file is moved aside, one of another sweep a `StoreError`."""
+    content = _checked_json(path, "record")
+    if content is None:
+        return None
+    if content["identity"] != digest(identity):
+        raise StoreError(f"{path} belongs to a sweep of another configuration; choose another output directory")
+    return content["record"]
 
 
 class _DamagedError(Exception):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlvr_landscape_plugin import crew as crew_module
 from rlvr_landscape_plugin.crew import Cell, Crew, PointQueue
 from rlvr_landscape_plugin.errors import ServerError
-from rlvr_landscape_plugin.sweep import grid_order, shard_cells
+from rlvr_landscape_plugin.plan import grid_order, shard_cells
 
 CELLS = [(0, j) for j in range(8)]
 

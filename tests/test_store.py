@@ -19,7 +19,17 @@ import pytest
 import xarray as xr
 
 from rlvr_landscape_plugin.errors import StoreError
-from rlvr_landscape_plugin.store import FULL, POINT, SCHEMA, Annotations, Journal, landscapes
+from rlvr_landscape_plugin.store import (
+    FULL,
+    POINT,
+    SCHEMA,
+    Annotations,
+    Journal,
+    Rectangle,
+    keep_record,
+    landscapes,
+    read_record,
+)
 
 matplotlib.use("Agg")
 ALPHAS = np.array([-0.1, 0.0, 0.2])
@@ -133,6 +143,84 @@ def test_without_a_displacement_the_radius_is_missing_and_says_so(landscape):
         assert np.isnan(data.displacement_norm)
         assert data.displacement_radius.isnull().all()
         assert data.displacement_norm.attrs["comment"].startswith("not known")
+
+
+def portion(i, j, start, stop):
+    return point(i, j).isel(prompt=slice(start, stop))
+
+
+def test_a_point_may_come_in_portions_of_prompts(tmp_path):
+    journal = journal_at(tmp_path / "run")
+    journal.write_base(base_batch())
+    journal.write_point(1, 1, portion(1, 1, 0, 2), range(2))
+    journal.write_point(1, 2, portion(1, 2, 2, 5), range(2, 5))
+    assert journal.covered() == {(1, 1): 2}, "a portion that follows on nothing does not count"
+    assert journal.done() == set()
+    xr.testing.assert_equal(journal.read_point(1, 1, 2), portion(1, 1, 0, 2))
+    with pytest.raises(StoreError, match="not measured yet"):
+        journal.read_point(1, 1)
+    journal.write_point(1, 1, portion(1, 1, 2, 5), range(2, 5))
+    journal.write_point(1, 1, portion(1, 1, 0, 4), range(4))
+    assert (journal.done(), journal.status()) == ({(1, 1)}, (1, 12))
+    again = journal.read_point(1, 1)
+    xr.testing.assert_equal(again.reward, point(1, 1).reward)
+    assert again.realised_step == point(1, 1).realised_step
+    assert again.seconds_move == 2 * point(1, 1).seconds_move
+    with pytest.raises(StoreError, match="2 prompts, not those of"):
+        journal.write_point(0, 0, portion(0, 0, 0, 2), range(3))
+
+
+def test_a_portion_under_a_wrong_name_is_moved_aside(tmp_path):
+    journal = journal_at(tmp_path / "run")
+    journal.write_base(base_batch())
+    data = portion(0, 0, 0, 2)
+    journal._write(journal._path(0, 0, range(3)), data.assign_attrs(base_sha256=journal._base_digest()))
+    with pytest.warns(UserWarning, match="holds 2 prompts, its name says 00000 to 00003"):
+        assert journal.covered() == {}
+
+
+def test_a_dataset_of_a_part_is_replaced_by_that_of_more(tmp_path):
+    journal = journal_at(tmp_path / "run")
+    journal.write_base(base_batch())
+    journal.write_recheck(recheck())
+    part, out = Rectangle((0, 1, 2), (0, 2, 3), 2), tmp_path / "out.nc"
+    for cell in part.cells:
+        journal.write_point(*cell, portion(*cell, 0, 2), range(2))
+    with pytest.raises(StoreError, match="lacks 12 of 12 points"):
+        journal.consolidate(out, {})
+    journal.consolidate(out, {"title": "a part"}, part=part)
+    assert journal.holds(out, part)
+    assert not journal.holds(out)
+    with xr.open_dataset(out) as small:
+        small.load()
+    assert dict(small.sizes) == {"alpha": 3, "beta": 3, "prompt": 2, "rollout": ROLLOUTS}
+    np.testing.assert_array_equal(small.beta, BETAS[[0, 2, 3]])
+    assert small.reward.sel(alpha=0.2, beta=-0.3, prompt=1, rollout=1).item() == pytest.approx(201.1)
+    for cell in np.ndindex(3, 4):
+        start = journal.covered().get(cell, 0)
+        whole = point(*cell).isel(prompt=slice(start, None))
+        journal.write_point(*cell, whole, range(start, PROMPTS) if start else None)
+    journal.consolidate(out, {"title": "everything"})
+    with xr.open_dataset(out) as full:
+        assert full.attrs["title"] == "everything"
+        same = full.sel(alpha=small.alpha, beta=small.beta).isel(prompt=slice(2))
+        xr.testing.assert_equal(same[["reward", "kl_k1", "base_reward"]], small[["reward", "kl_k1", "base_reward"]])
+        assert full.reward.notnull().all()
+    journal.consolidate(out, {"title": "a part"}, part=part)
+    with xr.open_dataset(out) as full:
+        assert full.attrs["title"] == "everything", "what holds more stays"
+
+
+def test_what_was_found_out_once_is_kept_and_checked(tmp_path):
+    path = tmp_path / "deep" / "range.json"
+    assert read_record(path, identity()) is None
+    assert keep_record(path, identity(), {"factor": 0.5}) == {"factor": 0.5}
+    assert keep_record(path, identity(), {"factor": 0.7}) == {"factor": 0.5}, "another process was first"
+    with pytest.raises(StoreError, match="another configuration"):
+        read_record(path, identity(step=1))
+    path.write_text(path.read_text().replace("0.5", "0.6"))
+    with pytest.warns(UserWarning, match="not what its checksum says"):
+        assert read_record(path, identity()) is None
 
 
 def test_steps_concatenate_with_concat_and_open_mfdataset(tmp_path):

@@ -26,8 +26,8 @@ from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
 from rlvr_landscape_plugin.episodes import load_tasks, open_environment, prompts_hash
 from rlvr_landscape_plugin.measure import BaseBatch
+from rlvr_landscape_plugin.plan import grid_order
 from rlvr_landscape_plugin.snapshot import open_snapshot
-from rlvr_landscape_plugin.sweep import grid_order
 
 matplotlib.use("Agg")
 pytestmark = pytest.mark.server
@@ -504,6 +504,147 @@ def test_a_job_array_of_submitit_makes_the_undivided_dataset(server, second_serv
     assert process.returncode == 0, out + err
     assert f"landscape_{NAME}.nc" in out
     same_landscape(output / f"landscape_{NAME}.nc", data)
+
+
+WIDE = ("--grid.alpha.min", "-0.3", "--grid.alpha.max", "0.3", "--grid.beta.min", "-0.3", "--grid.beta.max", "0.3")
+ROUNDS = (
+    *WIDE,
+    "--grid.alpha.points",
+    "9",
+    "--grid.beta.points",
+    "9",
+    "--env.num-prompts",
+    "64",
+    "--env.rollouts",
+    "1",
+)
+
+
+UNEVEN = ("--grid.beta.points", "2")
+"""3 × 3 points, no two of them as far from the origin."""
+
+
+@pytest.fixture(scope="module")
+def progressive(tmp_path_factory, server) -> Path:
+    """The output directory of a sweep that may measure 9 × 9 × 64 and stops long before."""
+    output = tmp_path_factory.mktemp("progressive") / "out"
+    process = start_sweep(output, server, *ROUNDS, "--until-ci-width", "0.5")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return output
+
+
+def test_a_progressive_sweep_stops_at_the_width_asked_for(progressive):
+    with xr.open_dataset(progressive / f"landscape_{NAME}.nc") as found:
+        record = json.loads(found.attrs["progressive"])
+        last = record["looks"][-1]
+        assert record["outcome"].startswith("reached")
+        assert last["high"] - last["low"] <= 0.5
+        assert found.sizes["alpha"] * found.sizes["beta"] == last["points"] < 81
+        assert found.sizes["prompt"] == last["prompts"] <= 64
+        assert found.reward.notnull().all()
+        rows = [np.flatnonzero(np.linspace(-0.3, 0.3, 9) == a).item() for a in found.alpha.values if a]
+        assert {0, 8} <= set(rows), "the range is that of the full grid"
+        kl, reward = (found[name].mean(["prompt", "rollout"]).values.ravel() for name in ("kl_k1", "reward"))
+        # Its own coarse points, not interpolated: near the estimate for the full grid, and inside its interval.
+        assert last["low"] - 0.1 < np.corrcoef(kl, reward)[0, 1] < last["high"] + 0.1
+
+
+def test_rollouts_of_a_progressive_sweep_are_those_of_a_plain_one(server, progressive, tmp_path):
+    process = start_sweep(
+        tmp_path / "out",
+        server,
+        *(*WIDE, "--grid.alpha.points", "3", "--grid.beta.points", "2", "--env.num-prompts", "32"),
+        *("--env.rollouts", "1"),
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    with (
+        xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as plain,
+        xr.open_dataset(progressive / f"landscape_{NAME}.nc") as rounds,
+    ):
+        shared = rounds.sel(alpha=plain.alpha, beta=plain.beta).isel(prompt=slice(32))
+        assert dict(shared.sizes) == {"alpha": 3, "beta": 3, "prompt": 32, "rollout": 1}
+        assert float((shared.reward != plain.reward).mean()) < 0.03
+        np.testing.assert_allclose(shared.kl_k1, plain.kl_k1, atol=2e-2)
+
+
+def test_a_narrower_width_goes_on_from_what_was_measured(server, progressive, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(progressive, output)
+    with xr.open_dataset(output / f"landscape_{NAME}.nc") as file:
+        before = file.load()
+    kept = {path.name: path.stat().st_mtime_ns for path in (output / NAME / "points").glob("*.nc")}
+    again = start_sweep(output, None, *ROUNDS, "--until-ci-width", "0.5")
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert "starting" not in err
+    width = before.attrs["progressive"]
+    asked = 0.8 * (json.loads(width)["looks"][-1]["high"] - json.loads(width)["looks"][-1]["low"])
+    process = start_sweep(output, server, *ROUNDS, "--until-ci-width", str(asked))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    now = {path.name: path.stat().st_mtime_ns for path in (output / NAME / "points").glob("*.nc")}
+    assert kept.items() < now.items()
+    with xr.open_dataset(output / f"landscape_{NAME}.nc") as more:
+        looks = [json.loads(data.attrs["progressive"])["looks"] for data in (before, more)]
+        assert looks[1][: len(looks[0])] == looks[0]
+        assert len(looks[1]) > len(looks[0])
+        same = more.sel(alpha=before.alpha, beta=before.beta).isel(prompt=slice(before.sizes["prompt"]))
+        xr.testing.assert_equal(same[["reward", "kl_k1"]], before[["reward", "kl_k1"]])
+        assert more.reward.notnull().all()
+        assert sum(one["points"] for one in json.loads(more.attrs["servers"])) == len(now)
+
+
+def test_what_a_progressive_sweep_cannot_do_is_refused(tmp_path):
+    for arguments, words in (
+        (("--until-ci-width", "0.1", "--shard", "1/2"), "decides on all points after each round"),
+        (("--until-ci-width", "0"), "--until-ci-width"),
+        (("--until-ci-width", "0.1"), "env.num_prompts = 6 cannot give"),
+        (
+            ("--until-ci-width", "0.1", "--env.num-prompts", "9", "--until-ci-of", "beyond_radius", *UNEVEN),
+            "points of equal radius",
+        ),
+    ):
+        process = start_sweep(tmp_path / "out", None, *arguments)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2, err
+        assert words in err
+        assert "Traceback" not in err
+    assert not list((tmp_path / "out").rglob("*.nc"))
+
+
+def test_the_range_of_a_grid_is_found_by_probes(server, tmp_path):
+    arguments = ("--grid.find.prompts", "8", "--grid.find.retention", "0.6", "--env.num-prompts", "8")
+    process = start_sweep(tmp_path / "out", server, *arguments)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    with xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as found:
+        record = json.loads(found.attrs["range_finding"])
+        assert record["criterion"] == "reward"
+        assert record["note"] == ""
+        np.testing.assert_allclose(found.alpha, np.array([-0.1, 0.0, 0.15]) * record["factor"])
+        np.testing.assert_allclose(found.beta, np.array([-0.05, 0.0, 0.05, 0.1]) * record["factor"], atol=1e-12)
+        ends = [found.reward.sel(alpha=a, beta=0.0) for a in found.alpha.values[[0, -1]]]
+        ends += [found.reward.sel(alpha=0.0, beta=b) for b in found.beta.values[[0, -1]]]
+        # The probes were on the same tasks, with the same seeds, at almost the same places.
+        left = float(sum(end.mean() for end in ends)) / 4 / float(found.reward.sel(alpha=0.0, beta=0.0).mean())
+        assert left == pytest.approx(0.6, abs=0.2)
+        origin = record["probes"][0]
+        assert origin["reward"] == pytest.approx(float(found.reward.sel(alpha=0.0, beta=0.0).mean()), abs=0.02)
+    again = start_sweep(tmp_path / "out", None, *arguments)
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert "starting" not in err
+    assert f"the configured range × {record['factor']:g}" in err
+
+
+def test_a_server_with_other_directions_than_asked_for_is_refused(server, tmp_path):
+    process = start_sweep(tmp_path / "out", server, "--server.directions-memory", "half")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "holds the directions in float32, which is another slice than server.directions_memory = 'half'" in err
+    assert not list((tmp_path / "out").rglob("*.nc"))
 
 
 def test_another_client_moving_the_server_is_noticed(server, tmp_path):

@@ -20,12 +20,13 @@ from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import NEEDED, POINT, check_landscape, per_prompt, shells
 from rlvr_landscape_analysis.resample import Bootstrap
 
-FIRST_PROMPTS = 32
+FIRST_PROMPTS = 64
 """Prompts of the first look; each later one doubles them."""
+SHARE = 4 / 3
+"""The allowance, as a share of the difference between a level's estimate and that of the next coarser one: enough where
+a level's error is at most 4/7 of that of the coarser one."""
 STATISTICS = {"correlation": ("none", "corrected"), "beyond_radius": ("shell", "contribution")}
 """Statistic → control and variable of `correlations`, pair `kl_reward`."""
-SHARE = 2 / 3
-"""The allowance, as a share of the difference between a level's estimate and that of the next coarser one."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from rlvr_landscape_plugin.serving.protocol import (
     unpack_logprobs,
 )
 
-FLUSH_SECONDS = 0.003
+FLUSH_SECONDS = 0.01
 """How long a turn waits for others that become ready with it."""
 MAX_BATCH = 256
 """Turns (or sequences) in one POST."""

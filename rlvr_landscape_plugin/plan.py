@@ -21,7 +21,7 @@ from rlvr_landscape_plugin.directions import (
 )
 from rlvr_landscape_plugin.refinement import Refinement, check_progressive
 from rlvr_landscape_plugin.snapshot import Snapshot
-from rlvr_landscape_plugin.store import Journal
+from rlvr_landscape_plugin.store import Cell, Journal, Rectangle
 
 DIRECTIONS = "directions"
 """Directory under `output` for the directions that servers do not draw themselves."""
@@ -72,6 +72,20 @@ class Plan:
     """How far a progressive sweep of it is; None: everything is measured."""
 
     @property
+    def part(self) -> Rectangle | None:
+        """What is measured now, or was measured last; None: everything."""
+        return self.refinement.rectangle if self.refinement else None
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The points of `part` that are this process's, in their order."""
+        cells = shard_cells(self.journal.alphas, self.journal.betas, self.share)
+        if self.part is None:
+            return cells
+        inside = set(self.part.cells)
+        return [cell for cell in cells if cell in inside]
+
+    @property
     def missing(self) -> list[Portion]:
         """What this process still has to measure now, in order; reads every finished point.
 
@@ -80,11 +94,8 @@ class Plan:
         # Without the base batch that they were scored against, points may be of no use.
         covered = self.journal.covered() if self.journal.read_base() is not None else {}
         while True:
-            part = self.refinement.rectangle if self.refinement else None
-            stop = part.prompts if part else self.prompts
-            cells = shard_cells(self.journal.alphas, self.journal.betas, self.share)
-            wanted = cells if part is None else [cell for cell in cells if cell in set(part.cells)]
-            missing = [(*cell, int(start), stop) for cell in wanted if (start := covered.get(cell, 0)) < stop]
+            stop = self.part.prompts if self.part else self.prompts
+            missing = [(*cell, int(start), stop) for cell in self.cells if (start := covered.get(cell, 0)) < stop]
             if missing or self.refinement is None or not self.refinement.advance():
                 return missing
 

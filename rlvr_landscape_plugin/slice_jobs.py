@@ -19,6 +19,8 @@ from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store import point_name, replace_text
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from rlvr_landscape_plugin.display import Display
     from rlvr_landscape_plugin.episodes import Rollout
     from rlvr_landscape_plugin.measure import BaseBatch, PointMeter
@@ -58,28 +60,34 @@ def lasting(facts: dict[str, Any]) -> dict[str, Any]:
     return kept | {"model": Path(str(facts["model"])).name}
 
 
+@dataclass(frozen=True)
+class Target:
+    """A slice as a server is told to take it in, and what it must then say of it."""
+
+    snapshot: Snapshot
+    spec: SliceSpec
+    files: Mapping[Axis, Path]
+    identity: Mapping[str, Any]
+
+
 class Entry:
     """A slice, and how a server enters it."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        spec: SliceSpec,
-        files: Mapping[Axis, Path],
-        identity: Mapping[str, Any],
-        meter: Callable[[Server], PointMeter],
-    ) -> None:
-        self._snapshot, self._spec, self._files, self._identity = snapshot, spec, files, identity
-        self._meter = meter
+    def __init__(self, target: Target, meter: Callable[[Server], PointMeter], display: Display) -> None:
+        self._target, self._identity = target, target.identity
+        self._meter, self._display = meter, display
+        self._base: BaseBatch | None = None
         self._first = asyncio.Lock()
 
     async def take_in(self, server: Server) -> None:
         """Bring a server to the origin of the slice."""
-        snapshot, client = self._snapshot, server.client
+        snapshot, client = self._target.snapshot, server.client
         server.facts |= lasting(await client.info())
         server.meter = server.meter or self._meter(server)
         facts = await client.load(
-            str(snapshot.path), self._spec.as_dict(), {axis: str(path) for axis, path in self._files.items()}
+            str(snapshot.path),
+            self._target.spec.as_dict(),
+            {axis: str(path) for axis, path in self._target.files.items()},
         )
         for key in ("snapshot_sha256", "directions_fingerprint"):
             if facts[key] != self._identity[key]:
@@ -110,23 +118,17 @@ class Entry:
                 f"version {facts['version']}; exactly one sweep may use a server at a time"
             )
 
+    def _show(self, alpha: float, beta: float, reward: float, data: xr.Dataset) -> None:
+        seconds = sum(float(data[f"seconds_{part}"]) for part in ("move", "sample", "score"))
+        self._display.point(alpha, beta, reward, float(data["kl_k1"].mean()), seconds)
+
 
 class RangeJob(Entry):
     """Probes around one snapshot as the servers of a crew work on them (`crew.Job`)."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        spec: SliceSpec,
-        files: Mapping[Axis, Path],
-        identity: Mapping[str, Any],
-        meter: Callable[[Server], PointMeter],
-        display: Display,
-        tasks: int,
-    ) -> None:
-        super().__init__(snapshot, spec, files, identity, meter)
-        self._display, self._tasks = display, range(tasks)
-        self._base: BaseBatch | None = None
+    def __init__(self, target: Target, meter: Callable[[Server], PointMeter], display: Display, tasks: int) -> None:
+        super().__init__(target, meter, display)
+        self._tasks = range(tasks)
         self.points: list[Coordinates] = []
         self.found: dict[int, Probe] = {}
         """Index into `points` → what was measured there."""
@@ -158,17 +160,15 @@ class RangeJob(Entry):
         await self.check_standing(server, alpha, beta)
         if wanted():
             self.found[index] = found = Probe.of(alpha, beta, data, self._base.tokens)
-            seconds = sum(float(data[f"seconds_{part}"]) for part in ("move", "sample", "score"))
-            self._display.point(alpha, beta, found.reward, float(data["kl_k1"].mean()), seconds)
+            self._show(alpha, beta, found.reward, data)
 
 
 class SliceJob(Entry):
     """One slice as the servers of a crew work on it (`crew.Job`)."""
 
     def __init__(self, plan: Plan, meter: Callable[[Server], PointMeter], display: Display) -> None:
-        super().__init__(plan.snapshot, plan.spec, plan.files, plan.identity, meter)
-        self._plan, self._journal, self._display = plan, plan.journal, display
-        self._base: BaseBatch | None = None
+        super().__init__(Target(plan.snapshot, plan.spec, plan.files, plan.identity), meter, display)
+        self._plan, self._journal = plan, plan.journal
 
     async def enter(self, server: Server) -> None:
         """Bring a server to the origin of the slice; the checkpoint's own batch exists afterwards."""
@@ -215,8 +215,7 @@ class SliceJob(Entry):
             _write_traces((self._journal.root / "traces" / point_name(i, j, part)).with_suffix(".jsonl"), batch)
         self._journal.write_point(i, j, data, part)
         server.points += 1
-        seconds = sum(float(data[f"seconds_{part}"]) for part in ("move", "sample", "score"))
-        self._display.point(alpha, beta, float(data["reward"].mean()), float(data["kl_k1"].mean()), seconds)
+        self._show(alpha, beta, float(data["reward"].mean()), data)
 
     async def conclude(self, servers: Sequence[Server]) -> None:
         """After the last point: look at the origin again, compare the weights there, write down who measured."""

@@ -225,9 +225,13 @@ class Journal:
         """Tasks of the base batch; None before there is one."""
         return self._prompts if self._base_digest() is not None else None
 
+    def _is_whole(self, end: float) -> bool:
+        """Whether files that end here hold all prompts; asks the base batch only about portions."""
+        return end == math.inf or end == self.prompts
+
     def done(self) -> set[Cell]:
         """Grid indices (i, j) of the points that are whole. A damaged file is moved aside with a warning."""
-        return {cell for cell, count in self.covered().items() if count == math.inf or count == self.prompts}
+        return {cell for cell, end in self.covered().items() if self._is_whole(end)}
 
     def covered(self) -> dict[Cell, float]:
         """Each point with files → how many prompts they hold, the first counted on; inf: a file of all prompts."""
@@ -237,7 +241,7 @@ class Journal:
     def status(self) -> tuple[int, int]:
         """(finished points, all points), by names only."""
         finished = (self._chain(paths, by_name=True)[1] for paths in self._files().values())
-        return sum(c == math.inf or c == self.prompts for c in finished), len(self.alphas) * len(self.betas)
+        return sum(map(self._is_whole, finished)), len(self.alphas) * len(self.betas)
 
     def _files(self) -> dict[Cell, dict[tuple[int, float], Path]]:
         """Point → (first prompt, end) → file; the end of a whole point is inf."""
@@ -374,7 +378,7 @@ class Journal:
         """A finished point, its first `prompts` tasks (default: all); wall times of its parts are added up."""
         wanted = math.inf if prompts is None else prompts
         paths, end = self._chain(self._files().get((i, j), {}), by_name=True, until=wanted)
-        if end not in (math.inf, self.prompts) and end < wanted:
+        if not self._is_whole(end) and end < wanted:
             raise StoreError(f"point ({i}, {j}) of {self.root} is not measured yet")
         parts = [part for part in map(self._read, paths) if part is not None]
         if len(parts) != len(paths):
@@ -424,8 +428,9 @@ class Journal:
         if part is None and self.prompts is None:
             return (len(alphas), len(betas)) == (len(self.alphas), len(self.betas))
         part = part or self.full
-        inside = np.isin(self.alphas[list(part.rows)], alphas).all() and np.isin(self.betas[list(part.columns)], betas)
-        return bool(np.all(inside)) and prompts >= part.prompts
+        rows = np.isin(self.alphas[list(part.rows)], alphas)
+        columns = np.isin(self.betas[list(part.columns)], betas)
+        return bool(rows.all() and columns.all()) and prompts >= part.prompts
 
     def consolidate(
         self,

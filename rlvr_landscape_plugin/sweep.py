@@ -29,8 +29,8 @@ from rlvr_landscape_plugin.crew import Crew, PointQueue
 from rlvr_landscape_plugin.directions import AXES, Trajectory, prepare_slice
 from rlvr_landscape_plugin.display import Display
 from rlvr_landscape_plugin.errors import ConfigurationError, ServerError, ServerUnreachableError, StoreError, run_cli
-from rlvr_landscape_plugin.plan import DIRECTIONS, Plan, plan_slice, shard_cells, slice_identity, slice_name
-from rlvr_landscape_plugin.slice_jobs import RangeJob, Server, SliceJob, lasting
+from rlvr_landscape_plugin.plan import DIRECTIONS, Plan, plan_slice, slice_identity, slice_name
+from rlvr_landscape_plugin.slice_jobs import RangeJob, Server, SliceJob, Target, lasting
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
 from rlvr_landscape_plugin.store import Annotations, keep_record, read_record
 
@@ -83,8 +83,7 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
         if waiting := plan.others:
             display.say(f"{plan.dataset.name} is left to the shard that finishes last: {waiting}")
             continue
-        part = plan.refinement.rectangle if plan.refinement else None
-        paths.append(plan.journal.consolidate(plan.dataset, _attributes(config, plan), _annotations(plan), part))
+        paths.append(plan.journal.consolidate(plan.dataset, _attributes(config, plan), _annotations(plan), plan.part))
         display.say(f"dataset {paths[-1]}")
     return paths
 
@@ -145,7 +144,7 @@ async def _find_range(
     if found is None:
         crew = await fleet.crew(snapshot)
         tasks = min(settings.prompts, config.env.num_prompts)
-        job = RangeJob(snapshot, spec, files, identity, meter, display, tasks)
+        job = RangeJob(Target(snapshot, spec, files, identity), meter, display, tasks)
         episodes = tasks * config.env.rollouts
 
         async def probe(points: Sequence[Coordinates]) -> Sequence[Probe]:
@@ -259,8 +258,7 @@ async def _measure(
                 told = len(plan.refinement.looks)
             if not missing and not anew:
                 break
-            part = plan.refinement.rectangle if plan.refinement else None
-            total = len(part.cells if part else shard_cells(plan.journal.alphas, plan.journal.betas, plan.share))
+            total = len(plan.cells)
             tasks = round(sum(stop - start for _, _, start, stop in missing) / len(missing)) if missing else 0
             base = plan.prompts if missing and plan.journal.read_base() is None else 0
             rollouts = config.env.rollouts

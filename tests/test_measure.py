@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
+from rlvr_landscape_plugin.config import SurrogateConfig
 from rlvr_landscape_plugin.episodes import Segment, sampling_seed
-from rlvr_landscape_plugin.measure import BaseBatch, group_advantages, token_scores
+from rlvr_landscape_plugin.measure import BaseBatch, PointMeter, group_advantages, token_scores
 
 logprobs = st.integers(0, 12).flatmap(
     lambda n: st.tuples(*(arrays(np.float64, n, elements=st.floats(-12, 0)) for _ in range(2)))
@@ -79,6 +81,29 @@ def test_seeds_fit_the_sampler_and_depend_on_everything(seed, prompt, rollout, t
         sampling_seed(seed, "fresh", prompt, rollout, turn + 1),
     }
     assert len(others | {value}) == 6
+
+
+async def test_a_portion_of_the_tasks_draws_what_it_draws_among_all():
+    """The seed belongs to the task's place in the whole set, wherever a portion begins."""
+
+    class Runner:
+        async def batch(self, tasks, rollouts, seed, progress):
+            return [[(task, seed(p, r, 1)) for r in range(rollouts)] for p, task in enumerate(tasks)]
+
+    anything: Any = Runner()
+    meter = PointMeter(anything, anything, list("abcde"), 2, 7, SurrogateConfig())  # pyright: ignore[reportArgumentType]
+    whole = await meter._sample("fresh", range(5), lambda: None)
+    assert await meter._sample("fresh", range(2, 4), lambda: None) == whole[2:4]
+    assert whole[2][1] == ("c", sampling_seed(7, "fresh", 2, 1, 1))
+
+
+def test_a_part_of_the_base_batch_is_that_of_its_tasks():
+    base = base_batch(np.random.default_rng(1), prompts=5)
+    part = base.part(range(2, 4))
+    np.testing.assert_array_equal(part.reward, base.reward[2:4])
+    np.testing.assert_array_equal(part.advantage, base.advantage[2:4])
+    np.testing.assert_array_equal(part.tokens, base.tokens[2:4])
+    assert part.segments == base.segments[2:4]
 
 
 def base_batch(rng: np.random.Generator, prompts: int = 3, rollouts: int = 2) -> BaseBatch:

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 from rlvr_landscape_analysis import synthetic
-from rlvr_landscape_analysis.correlation import correlations
 from rlvr_landscape_analysis.landscape import per_prompt
-from rlvr_landscape_analysis.resample import Bootstrap
+from rlvr_landscape_analysis.statistics.correlation import correlations
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
 from scipy import stats
 
 LOOP = 4

@@ -21,10 +21,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 from rlvr_landscape_analysis import synthetic
-from rlvr_landscape_analysis.correlation import correlations, project
-from rlvr_landscape_analysis.improvement import better_than_origin, split_half_gain
 from rlvr_landscape_analysis.landscape import per_prompt
-from rlvr_landscape_analysis.resample import Bootstrap, Cells, cells
+from rlvr_landscape_analysis.statistics.correlation import correlations, project
+from rlvr_landscape_analysis.statistics.improvement import better_than_origin, split_half_gain
+from rlvr_landscape_analysis.statistics.resample import Bootstrap, Cells, cells
 
 CONTROLS = ("none", "linear", "shell")
 COLUMNS = ("correlation", "partial (linear)", "within shells", "beyond radius", "best-point gain", "FDR")

@@ -41,8 +41,8 @@ from safetensors.torch import load_file, save_file
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.directions import SliceSpec
 from rlvr_landscape_plugin.serving.client import LandscapeClient
-from rlvr_landscape_plugin.serving.engine import MoveStats, Slice
 from rlvr_landscape_plugin.serving.launch import command, environment, free_port, resolve_device
+from rlvr_landscape_plugin.serving.worker.engine import MoveStats, Slice
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
 TOKEN = "benchmark-on-loopback"

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 from rlvr_landscape_analysis import Bootstrap, open_landscape, per_prompt, synthetic
-from rlvr_landscape_analysis.progressive import Design, Look, first_design, grid_levels, look, next_design
-from rlvr_landscape_analysis.resample import cells
+from rlvr_landscape_analysis.statistics.progressive import Design, Look, first_design, grid_levels, look, next_design
+from rlvr_landscape_analysis.statistics.resample import cells
 
 from coverage import true_values  # isort: skip
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = (*(ROOT / "tests/analysis/data" / name for name in ("laptop", "club")), ROOT / "docs/results/laptop/datasets")
+DATA = (*(ROOT / "tests/analysis/data" / name for name in ("laptop", "club")), ROOT / "results/laptop/datasets")
 NEEDED = ["reward", "kl_k1"]
 WIDTHS = (0.4, 0.2, 0.1, 0.05)
 REPLAYED = {"correlation": (0.2, 0.1, 0.05, 0.03), "beyond_radius": (0.1, 0.05, 0.03)}

@@ -26,10 +26,10 @@ from workload import MAX_TOKENS, TASKSET, evaluate
 
 from rlvr_landscape_plugin.config import EnvConfig, ServerConfig, SurrogateConfig
 from rlvr_landscape_plugin.episodes import ChatFormat, EpisodeRunner, load_tasks, open_environment, sampling_seed
-from rlvr_landscape_plugin.measure import PointMeter
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
 from rlvr_landscape_plugin.snapshot import open_snapshot
+from rlvr_landscape_plugin.sweep.point import PointMeter
 
 PROMPTS, ROLLOUTS = 32, 4
 

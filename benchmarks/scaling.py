@@ -34,11 +34,11 @@ from workload import MAX_TOKENS, TASKSET
 
 from rlvr_landscape_plugin.config import EnvConfig, ServerConfig, SurrogateConfig
 from rlvr_landscape_plugin.episodes import ChatFormat, EpisodeRunner, load_tasks, open_environment
-from rlvr_landscape_plugin.measure import PointMeter
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import local_server
 from rlvr_landscape_plugin.serving.protocol import PROTOCOL, GenerateCall, ScoreCall, pack
 from rlvr_landscape_plugin.snapshot import open_snapshot
+from rlvr_landscape_plugin.sweep.point import PointMeter
 
 REPLY = "<alphabetical_sorted>\nJohn Smith\nMary Jones\nPeter Young\n</alphabetical_sorted>"
 GENERATION_SECONDS, SCORE_SECONDS = 0.5, 0.25

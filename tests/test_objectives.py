@@ -17,7 +17,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rlvr_landscape_plugin import measure
 from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError
 from rlvr_landscape_plugin.objectives import (
     FEEDS,
@@ -34,6 +33,7 @@ from rlvr_landscape_plugin.objectives import (
     kl_term,
     pad,
 )
+from rlvr_landscape_plugin.sweep import point as measure
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed (extra cpu, gpu or train)")

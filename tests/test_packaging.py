@@ -36,7 +36,7 @@ def test_every_dependency_has_a_lower_bound():
 @pytest.mark.parametrize(
     ("group", "target"),
     [
-        ("vllm.general_plugins", "rlvr_landscape_plugin.serving.engine:register"),
+        ("vllm.general_plugins", "rlvr_landscape_plugin.serving.worker.engine:register"),
         ("vllm.endpoint_plugins", "rlvr_landscape_plugin.serving.endpoint:LandscapeEndpoint"),
     ],
 )

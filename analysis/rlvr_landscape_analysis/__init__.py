@@ -4,12 +4,7 @@ Needs neither torch nor vllm nor verifiers. Importing it registers the accessor 
 """
 
 from rlvr_landscape_analysis.accessor import LandscapeAccessor
-from rlvr_landscape_analysis.claims import all_claims
-from rlvr_landscape_analysis.correlation import correlations
-from rlvr_landscape_analysis.curvature import quadratic_fit
-from rlvr_landscape_analysis.diagnostics import crossing, entropy_law, pass_at_k_curves, token_surprisal, two_stage
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.improvement import best_point, better_than_origin, improvement, overlap
 from rlvr_landscape_analysis.landscape import (
     difference_from_origin,
     entropy,
@@ -24,10 +19,21 @@ from rlvr_landscape_analysis.landscape import (
     ray,
     surrogate,
 )
-from rlvr_landscape_analysis.resample import Bootstrap
 from rlvr_landscape_analysis.results import Claim, RunAnalysis
 from rlvr_landscape_analysis.run import analyse_run
-from rlvr_landscape_analysis.training import exploitation_index, over_training, slice_agreement
+from rlvr_landscape_analysis.statistics.claims import all_claims
+from rlvr_landscape_analysis.statistics.correlation import correlations
+from rlvr_landscape_analysis.statistics.curvature import quadratic_fit
+from rlvr_landscape_analysis.statistics.diagnostics import (
+    crossing,
+    entropy_law,
+    pass_at_k_curves,
+    token_surprisal,
+    two_stage,
+)
+from rlvr_landscape_analysis.statistics.improvement import best_point, better_than_origin, improvement, overlap
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
+from rlvr_landscape_analysis.statistics.training import exploitation_index, over_training, slice_agreement
 
 _FIGURES = ("new_figure", "reward_landscape", "save_figure")
 

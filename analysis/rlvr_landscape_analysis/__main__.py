@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from rlvr_landscape_analysis.report import write_report
-    from rlvr_landscape_analysis.resample import Bootstrap
+    from rlvr_landscape_analysis.report.page import write_report
     from rlvr_landscape_analysis.run import analyse_run
+    from rlvr_landscape_analysis.statistics.resample import Bootstrap
 
     settings = Bootstrap(resamples=arguments.resamples, seed=arguments.seed, level=arguments.level)
     analysis = analyse_run(arguments.run, bootstrap=settings, steps=arguments.steps, threshold=arguments.threshold)
@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _draw(analysis: RunAnalysis) -> list[Path]:
     """RUN_DIR/figures/<dataset>.pdf and .png of every landscape."""
     from rlvr_landscape_analysis.figures import new_figure, panel_aspect, reward_landscape, save_figure
-    from rlvr_landscape_analysis.report import landscape_name
+    from rlvr_landscape_analysis.report.page import landscape_name
 
     drawn = []
     for key, map_ in sorted(analysis.maps.items()):

@@ -59,32 +59,32 @@ class LandscapeAccessor:
         return _landscape.radial_profile(self._variable(name))
 
     def correlations(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.correlation.correlations` on this dataset."""
-        from rlvr_landscape_analysis.correlation import correlations
+        """Call :func:`rlvr_landscape_analysis.statistics.correlation.correlations` on this dataset."""
+        from rlvr_landscape_analysis.statistics.correlation import correlations
 
         return correlations(self._data, **options)
 
     def better_than_origin(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.improvement.better_than_origin` on this dataset."""
-        from rlvr_landscape_analysis.improvement import better_than_origin
+        """Call :func:`rlvr_landscape_analysis.statistics.improvement.better_than_origin` on this dataset."""
+        from rlvr_landscape_analysis.statistics.improvement import better_than_origin
 
         return better_than_origin(self._data, **options)
 
     def best_point(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.improvement.best_point` on this dataset."""
-        from rlvr_landscape_analysis.improvement import best_point
+        """Call :func:`rlvr_landscape_analysis.statistics.improvement.best_point` on this dataset."""
+        from rlvr_landscape_analysis.statistics.improvement import best_point
 
         return best_point(self._data, **options)
 
     def overlap(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.improvement.overlap` on this dataset."""
-        from rlvr_landscape_analysis.improvement import overlap
+        """Call :func:`rlvr_landscape_analysis.statistics.improvement.overlap` on this dataset."""
+        from rlvr_landscape_analysis.statistics.improvement import overlap
 
         return overlap(self._data, **options)
 
     def quadratic_fit(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.curvature.quadratic_fit` on this dataset."""
-        from rlvr_landscape_analysis.curvature import quadratic_fit
+        """Call :func:`rlvr_landscape_analysis.statistics.curvature.quadratic_fit` on this dataset."""
+        from rlvr_landscape_analysis.statistics.curvature import quadratic_fit
 
         return quadratic_fit(self._data, **options)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from rlvr_landscape_analysis.resample import Bootstrap
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
 
 BOUNDS = ("low", "high")
 """Coordinate of dimension `bound`."""

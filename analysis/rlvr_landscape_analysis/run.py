@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.claims import all_claims
-from rlvr_landscape_analysis.correlation import correlations
-from rlvr_landscape_analysis.curvature import quadratic_fit
-from rlvr_landscape_analysis.diagnostics import crossing, entropy_law, pass_at_k_curves, token_surprisal, two_stage
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.improvement import better_than_origin, improvement
 from rlvr_landscape_analysis.landscape import (
     POINT,
     THRESHOLD,
@@ -31,10 +26,21 @@ from rlvr_landscape_analysis.landscape import (
     radius,
     surrogate,
 )
-from rlvr_landscape_analysis.progressive import interpolated
-from rlvr_landscape_analysis.resample import Bootstrap
 from rlvr_landscape_analysis.results import RunAnalysis
-from rlvr_landscape_analysis.training import (
+from rlvr_landscape_analysis.statistics.claims import all_claims
+from rlvr_landscape_analysis.statistics.correlation import correlations
+from rlvr_landscape_analysis.statistics.curvature import quadratic_fit
+from rlvr_landscape_analysis.statistics.diagnostics import (
+    crossing,
+    entropy_law,
+    pass_at_k_curves,
+    token_surprisal,
+    two_stage,
+)
+from rlvr_landscape_analysis.statistics.improvement import better_than_origin, improvement
+from rlvr_landscape_analysis.statistics.progressive import interpolated
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
+from rlvr_landscape_analysis.statistics.training import (
     checkpoint_cells,
     checkpoint_curves,
     exploitation_index,

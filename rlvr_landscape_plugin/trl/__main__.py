@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if given == "PASSIVE":
             os.environ.pop("OMP_WAIT_POLICY")
-        from rlvr_landscape_plugin.trl.run import train
+        from rlvr_landscape_plugin.trl.train import train
 
         train(config)
 

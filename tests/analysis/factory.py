@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from rlvr_landscape_analysis.resample import Bootstrap
 from rlvr_landscape_analysis.results import BOUNDS, CONTROLS, PAIRS, Claim, RunAnalysis
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
 
 ALPHAS = np.array([-0.1, 0.0, 0.05, 0.2])
 BETAS = np.array([-0.3, -0.1, 0.0, 0.1, 0.15])

@@ -10,8 +10,8 @@ import pytest
 import rlvr_landscape_analysis as rla
 import xarray as xr
 from rlvr_landscape_analysis import Bootstrap, synthetic
-from rlvr_landscape_analysis.correlation import CONTROLS, correlations
 from rlvr_landscape_analysis.landscape import per_prompt
+from rlvr_landscape_analysis.statistics.correlation import CONTROLS, correlations
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -156,7 +156,7 @@ def _unshifted(data, weights):
 
 
 def test_the_jackknife_error_is_that_of_leaving_prompts_out(data):
-    from rlvr_landscape_analysis.correlation import _influence
+    from rlvr_landscape_analysis.statistics.correlation import _influence
 
     m = matrices(data)
     x, y = (m[name] - m[name].mean(0) for name in ("kl", "reward"))

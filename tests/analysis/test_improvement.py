@@ -7,8 +7,8 @@ import pytest
 import rlvr_landscape_analysis as rla
 import xarray as xr
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic
-from rlvr_landscape_analysis.improvement import split_half_gain
 from rlvr_landscape_analysis.landscape import per_prompt
+from rlvr_landscape_analysis.statistics.improvement import split_half_gain
 from scipy import stats
 
 QUICK = Bootstrap(resamples=300)

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic
 from rlvr_landscape_analysis.landscape import list_run
-from rlvr_landscape_analysis.progressive import (
+from rlvr_landscape_analysis.report.page import write_report
+from rlvr_landscape_analysis.statistics.progressive import (
     SHARE,
     Design,
     Look,
@@ -27,14 +28,13 @@ from rlvr_landscape_analysis.progressive import (
     look,
     next_design,
 )
-from rlvr_landscape_analysis.report import write_report
 from scipy.interpolate import CubicSpline
 
 HERE = Path(__file__).parent
 REAL = sorted((HERE / "data/laptop").glob("*.nc"))
-PUBLISHED = sorted((HERE.parent.parent / "docs/results/laptop/datasets").glob("*.nc"))
+PUBLISHED = sorted((HERE.parent.parent / "results/laptop/datasets").glob("*.nc"))
 CLUB = sorted((HERE / "data/club").glob("*.nc"))
-"""Around three snapshots of the run in docs/results/laptop, measured whole after a live progressive sweep."""
+"""Around three snapshots of the run in results/laptop, measured whole after a live progressive sweep."""
 QUICK = Bootstrap(resamples=300)
 
 sides = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factory import ALPHAS, BETAS, NASTY, make_analysis
-from rlvr_landscape_analysis import report as module
 from rlvr_landscape_analysis.__main__ import main, parser
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.report import Recipe, json_block, landscape_name, shown_landscapes, write_report
+from rlvr_landscape_analysis.report import page as module
+from rlvr_landscape_analysis.report.page import Recipe, json_block, landscape_name, shown_landscapes, write_report
 from rlvr_landscape_analysis.synthetic import write_run
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -375,12 +375,12 @@ def test_help_loads_no_statistics():
         "import sys; from rlvr_landscape_analysis.__main__ import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print({'scipy.stats', 'matplotlib', 'rlvr_landscape_analysis.report'} & set(sys.modules))"
+        "print({'scipy.stats', 'matplotlib', 'rlvr_landscape_analysis.report.page'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("set()")
 
 
 def test_the_page_s_parts_are_in_the_package():
-    folder = Path(module.__file__).parent / "report_assets"
+    folder = Path(module.__file__).parent / "assets"
     assert sorted(os.listdir(folder)) == ["report.css", "report.js", "template.html"]

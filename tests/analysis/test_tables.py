@@ -11,12 +11,8 @@ import re
 import numpy as np
 import pytest
 from factory import FEW, NASTY, make_analysis
-from rlvr_landscape_analysis import tables as module
-from rlvr_landscape_analysis.resample import Bootstrap
-from rlvr_landscape_analysis.results import PAIRS
-from rlvr_landscape_analysis.run import analyse_run
-from rlvr_landscape_analysis.synthetic import write_run
-from rlvr_landscape_analysis.tables import (
+from rlvr_landscape_analysis.report import tables as module
+from rlvr_landscape_analysis.report.tables import (
     Column,
     Table,
     Value,
@@ -30,6 +26,10 @@ from rlvr_landscape_analysis.tables import (
     write_tables,
     write_whole,
 )
+from rlvr_landscape_analysis.results import PAIRS
+from rlvr_landscape_analysis.run import analyse_run
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
+from rlvr_landscape_analysis.synthetic import write_run
 
 NOT_A_NUMBER = re.compile(r"(?<![a-z])[-+−]?(nan|inf(inity)?)(?![a-z])", re.IGNORECASE)
 

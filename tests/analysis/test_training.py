@@ -7,8 +7,8 @@ import pytest
 import rlvr_landscape_analysis as rla
 import xarray as xr
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic
-from rlvr_landscape_analysis.claims import NOT_MEASURABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED, decide
-from rlvr_landscape_analysis.training import change_point, exploitation_index, slice_agreement, trend
+from rlvr_landscape_analysis.statistics.claims import NOT_MEASURABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED, decide
+from rlvr_landscape_analysis.statistics.training import change_point, exploitation_index, slice_agreement, trend
 from scipy import stats
 from scipy.optimize import curve_fit
 

@@ -16,8 +16,8 @@ from conftest import POLICY
 from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
 from rlvr_landscape_plugin.errors import ServerError
 from rlvr_landscape_plugin.serving.client import LandscapeClient
-from rlvr_landscape_plugin.slice_jobs import Server, SliceJob
 from rlvr_landscape_plugin.snapshot import open_snapshot
+from rlvr_landscape_plugin.sweep.jobs import Server, SliceJob
 
 CHEAP = [
     "client: kill -9",

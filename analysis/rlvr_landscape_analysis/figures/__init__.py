@@ -17,7 +17,6 @@ from rlvr_landscape_analysis.figures.maps import (
     surrogate_and_reward,
 )
 from rlvr_landscape_analysis.figures.points import kl_reward_scatter, radial_profile
-from rlvr_landscape_analysis.figures.relief import surface
 from rlvr_landscape_analysis.figures.series import (
     compare_runs,
     controlled_over_training,
@@ -26,6 +25,7 @@ from rlvr_landscape_analysis.figures.series import (
     training_curves,
 )
 from rlvr_landscape_analysis.figures.style import COLUMN_INCHES, PAGE_INCHES, STYLE, new_figure, save_figure
+from rlvr_landscape_analysis.figures.surface import surface
 
 __all__ = [
     "COLUMN_INCHES",

@@ -1,0 +1,562 @@
+"""Weight moves inside a vLLM worker, as a `WeightTransferEngine` named `landscape`.
+
+The engine holds the pristine snapshot and both directions, or draws these again (memory.py), and writes
+`pristine + α δ + β η`, computed in float32 and cast once, in place (captured graphs keep their pointers). It never adds
+to what is already there, so nothing drifts and (0, 0) is the snapshot bit for bit. There are two paths with the same
+outcome:
+
+- `loader`: tensors under checkpoint names go through the model's own loader inside vLLM's layerwise reload, which knows
+  every fused projection, tensor-parallel shard and packed kernel layout. Right for every model, and slow.
+- `kernel` (kernel_layout.py): θ, δ and η went through the loader once, when the slice was loaded; a move is arithmetic
+  on the parameters, bound by memory. It is taken if a trial move to random coordinates left the same weights, by
+  SHA-256, as the loader.
+
+vLLM's worker calls return nothing to the front end, so each call leaves a small JSON report in a directory that the
+endpoint created and named in the request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from rlvr_landscape_plugin.directions import (
+    AXES,
+    Axis,
+    SliceSpec,
+    fingerprint,
+    global_scales,
+    open_direction,
+    scaled_direction,
+)
+from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
+from rlvr_landscape_plugin.serving.worker import memory
+from rlvr_landscape_plugin.serving.worker.kernel_layout import (
+    Layout,
+    UnsupportedLayoutError,
+    build_layout,
+    in_threads,
+    keep_plain,
+    packable,
+    unpacked,
+)
+from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot, read_tensor
+
+logger = logging.getLogger("vllm.rlvr_landscape")
+
+BACKEND = "landscape"
+_CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
+"""Elements that a move through the loader handles at once: what fits a CPU's cache, what keeps a GPU busy."""
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; safe to call any number of times in one process."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    try:
+        WeightTransferEngineFactory.register_engine(BACKEND, __name__, "LandscapeEngine")
+    except ValueError as error:
+        if "already registered" not in str(error):
+            raise
+
+
+@dataclass
+class LoadRequest(WeightTransferInitInfo):
+    """Take a snapshot and a slice in; the weights of the server do not change yet."""
+
+    report: str
+    """Directory for this call's reports, one `rank<N>.json` per worker."""
+    snapshot: str = ""
+    """Directory of the snapshot; empty: change nothing, report checksums of the weights in use."""
+    slice: dict[str, Any] = field(default_factory=dict)
+    directions: dict[str, str] = field(default_factory=dict)
+    """Axis → file, for each axis whose direction is not drawn from the seed."""
+
+
+@dataclass
+class MoveRequest(WeightTransferUpdateInfo):
+    """Write θ + α δ + β η."""
+
+    alpha: float
+    beta: float
+    report: str
+
+
+@dataclass
+class MoveStats:
+    """Sums of one move over all tensors, float64."""
+
+    changed: float = 0.0
+    """Σ (rounded(α, β) − rounded(0, 0))² after rounding to the server's dtype."""
+    theta: float = 0.0
+    """Σ θ²."""
+
+    @property
+    def realised_step(self) -> float:
+        """‖θ(α,β) − θ‖ / ‖θ‖ as the server really holds it, dimensionless."""
+        return math.sqrt(self.changed / self.theta) if self.theta else 0.0
+
+
+def _repack_shared(model: torch.nn.Module) -> None:
+    """Let vLLM pack again what a reload passes over on a CPU: a tied output head's own copy of the embedding."""
+    for module in model.modules():
+        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
+        if hasattr(module, "cpu_linear") and weight is not None and weight.numel() and method is not None:
+            method.process_weights_after_loading(module)
+
+
+@torch.no_grad()
+def checksums(model: Any) -> dict[str, str]:
+    """SHA-256 of every parameter as the kernels hold it.
+
+    On a CPU vLLM keeps linear weights in packed form only; those are read back through the kernel itself, as its
+    product with the identity, which is exact.
+    """
+    digests = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            values = parameter.detach()
+            if not values.numel() and hasattr(module, "cpu_linear"):
+                values = unpacked(module, parameter)
+            digests[f"{name}.{attribute}"] = _digest(values)
+    return digests
+
+
+def _digest(values: torch.Tensor) -> str:
+    raw = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """Every tensor as stored, mapped from its file; refuses NaN and infinity, naming file and tensor."""
+    from safetensors import safe_open
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in snapshot.files:
+        with safe_open(str(file), framework="pt", device="cpu") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                tensor = handle.get_tensor(name)
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{file}: tensor {name!r} holds NaN or infinity; this snapshot cannot be measured")
+                tensors[name] = tensor
+    return tensors
+
+
+@dataclass
+class Slice:
+    """A snapshot with its two directions, as tensors under checkpoint names. Knows nothing of vLLM."""
+
+    spec: SliceSpec
+    theta: dict[str, torch.Tensor]
+    """Pristine weights in the stored dtype."""
+    draw: Callable[[Axis, str], torch.Tensor]
+    """The part of a direction in a tensor that moves, on the CPU: the same at each call, also in threads."""
+    held: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    """(δ, η) of each tensor that moves, beside `theta`; None: drawn whenever they are needed."""
+
+    @classmethod
+    def build(
+        cls,
+        theta: dict[str, torch.Tensor],
+        spec: SliceSpec,
+        files: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Slice:
+        """Directions that are drawn from the seed, or read from `files`, when needed; rounded to `dtype`.
+
+        `theta`: CPU tensors. Raises `SnapshotError` for a file that is not the one `spec` names, `ValueError` if one is
+        missing.
+        """
+
+        def weight(name: str) -> Any:
+            return theta[name].to(torch.float32).numpy()
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
+        read = {}
+        for axis in AXES:
+            if not spec.drawn(axis):
+                if axis not in (files or {}):
+                    raise ValueError(f"slice.{axis} is not drawn from the seed, and no file came with it")
+                read[axis] = open_direction(spec, axis, Path((files or {})[axis]), shapes)
+                for name in read[axis]:
+                    read_tensor(read[axis], name)  # NaN is refused here, not in the middle of a move
+        scales = global_scales(spec, theta, weight)
+
+        def draw(axis: Axis, name: str) -> torch.Tensor:
+            if axis in read:
+                values = read_tensor(read[axis], name)
+            else:
+                values = scaled_direction(spec, axis, name, weight(name), scales[axis])
+            return torch.from_numpy(values).to(dtype)
+
+        return cls(spec, theta, draw)
+
+    @property
+    def moving(self) -> list[str]:
+        """Names of the tensors that take part."""
+        return [name for name in self.theta if self.spec.moves(name)]
+
+    def hold(self, device: torch.device) -> Slice:
+        """The same slice with θ, δ and η resident on `device`."""
+        pairs = zip(self.moving, self._pairs(self.moving), strict=True)
+        held = {name: (delta.to(device), eta.to(device)) for name, (delta, eta) in pairs}
+        return Slice(self.spec, {name: tensor.to(device) for name, tensor in self.theta.items()}, self.draw, held)
+
+    def along(self, axis: Axis) -> Iterator[torch.Tensor | None]:
+        """The direction of an axis, drawn tensor by tensor in the order of `theta`; None where it stands still."""
+        return in_threads(lambda name: self.draw(axis, name) if self.spec.moves(name) else None, self.theta)
+
+    def _pairs(self, names: Iterable[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if (held := self.held) is not None:
+            return (held[name] for name in names)
+        wanted: Iterator[tuple[Axis, str]] = ((axis, name) for name in names for axis in AXES)
+        parts = in_threads(lambda part: self.draw(*part), wanted)
+        return zip(parts, parts, strict=True)
+
+    @cached_property
+    def theta_squared(self) -> float:
+        """Σ θ² over all tensors, float64."""
+        return sum(float(torch.sum(t.to(torch.float32).square(), dtype=torch.float64)) for t in self.theta.values())
+
+    def at(self, alpha: float, beta: float, dtype: torch.dtype, stats: MoveStats) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, θ + α δ + β η) in `dtype`, one tensor at a time, adding to `stats` on the way."""
+        moving = [] if alpha == 0 and beta == 0 else self.moving
+        stats.theta = self.theta_squared
+        directions = self._pairs(moving)
+        for name, theta in self.theta.items():
+            if not (moving and self.spec.moves(name)):
+                yield name, theta.to(dtype)
+                continue
+            moved = torch.empty_like(theta, dtype=dtype)
+            stats.changed += _move(theta, *next(directions), alpha, beta, moved)
+            yield name, moved
+
+
+def _move(
+    theta: torch.Tensor, delta: torch.Tensor, eta: torch.Tensor, alpha: float, beta: float, out: torch.Tensor
+) -> float:
+    """Write θ + α δ + β η, computed in float32 and cast once, into `out`; returns Σ (out − cast(θ))², float64.
+
+    Block by block, so that a CPU reads each operand from memory once.
+    """
+    changed = 0.0
+    size = _CPU_BLOCK if theta.device.type == "cpu" else _GPU_BLOCK
+    flat = [tensor.reshape(-1) for tensor in (theta, delta, eta)]
+    target = out.view(-1)
+    for start in range(0, target.numel(), size):
+        origin, first, second = (tensor[start : start + size] for tensor in flat)
+        moved = torch.add(origin.to(torch.float32), first.to(torch.float32), alpha=alpha)
+        block = moved.add_(second.to(torch.float32), alpha=beta).to(out.dtype)
+        target[start : start + size] = block
+        step = block.to(torch.float32) - origin.to(out.dtype).to(torch.float32)
+        changed += float(torch.dot(step, step))
+    return changed
+
+
+@dataclass
+class _State:
+    snapshot: Snapshot
+    how: Slice | Layout
+    """By checkpoint names for the loader, or in kernel layout."""
+    theta_squared: float
+    at: tuple[float, float] | None = None
+    """Coordinates of the weights in the model; None: the model holds something else."""
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of the host's memory that δ and η take up, and θ where it is not mapped from files."""
+        if isinstance(self.how, Layout):
+            return self.how.nbytes if self.how.home.type == "cpu" else 0
+        return sum(t.nbytes for pair in (self.how.held or {}).values() for t in pair if t.device.type == "cpu")
+
+
+class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
+    """One per worker. `init_transfer_engine` takes a slice in, `update_weights` moves."""
+
+    init_info_cls = LoadRequest
+    update_info_cls = MoveRequest
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._state: _State | None = None
+        self._plain = False
+        """Whether linear layers of this CPU hold their weights as they are from now on."""
+
+    def init_transfer_engine(self, init_info: LoadRequest) -> None:
+        """Read, check and scale; on any error the report says what failed, and the slice held before stays in force.
+
+        Only if weights could not be put back after the trial of the kernel path is no slice held, and the report says
+        `dirty`.
+        """
+        if not init_info.snapshot:
+            self._report(init_info.report, checksums(self.model))
+            return
+        started = time.perf_counter()
+        # Before any worker of this machine gives back what it holds, or takes more.
+        free = memory.free_on_host() / self._workers + (0 if self._state is None else self._state.on_host)
+        try:
+            wish = memory.asked()
+            self._check_kernels()
+            snapshot = open_snapshot(init_info.snapshot)
+            served = open_snapshot(self.model_config.model)
+            compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
+            spec = SliceSpec(**init_info.slice)
+            dtype = memory.HALF if wish == "half" else torch.float32
+            slice_ = Slice.build(_load_tensors(snapshot), spec, init_info.directions, dtype)
+            moving = sum(slice_.theta[name].numel() for name in slice_.moving)
+            theta_squared = slice_.theta_squared
+        except (ValueError, OSError, TypeError) as error:
+            self._report(init_info.report, {"error": str(error)})
+            return
+        at = None
+        if self._state is not None and self._state.at == (0.0, 0.0):
+            at = (0.0, 0.0) if self._state.snapshot.sha256 == snapshot.sha256 else None
+        # Its memory is needed for the next.
+        self._state = None
+        try:
+            how, reason, place = self._choose(slice_, snapshot, wish, free)
+        except Exception as error:  # the check writes weights; if they could not be put back, nothing is known of them
+            outcome = {"error": f"checking the moves failed: {type(error).__name__}: {error}", "weights": "dirty"}
+            self._report(init_info.report, outcome)
+            return
+        self._state = _State(snapshot, how, theta_squared, at)
+        kernel = isinstance(how, Layout)
+        held = str(dtype).removeprefix("torch.")
+        where = f"{held} on {self.device if place.on_device else 'the host'}"
+        if place.mode == "regenerated":
+            where = "regenerated for each move"
+        facts = {
+            "snapshot_sha256": snapshot.sha256,
+            "directions_fingerprint": fingerprint(spec, snapshot.shapes),
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "parameters": sum(math.prod(shape) for shape in snapshot.shapes.values()),
+            "moving_parameters": moving,
+            "theta": theta_squared,
+            "theta_share": how.squared("theta") if isinstance(how, Layout) else theta_squared / self._ranks,
+            "move_path": "kernel" if kernel else "loader",
+            "move_path_reason": reason,
+            "directions_memory": where,
+            "directions_memory_reason": place.reason,
+            "directions_dtype": held,
+            "seconds": time.perf_counter() - started,
+        }
+        logger.info(
+            "landscape: %s moves by the %s path (%s), directions %s (%s), taken in within %.1f s",
+            *(snapshot.path.name, facts["move_path"], reason, where, place.reason, facts["seconds"]),
+        )
+        self._report(init_info.report, facts)
+
+    @property
+    def _ranks(self) -> int:
+        return getattr(self.parallel_config, "tensor_parallel_size", 1)
+
+    @property
+    def _workers(self) -> int:
+        """Workers of this server on this machine, which share its memory."""
+        return getattr(self.parallel_config, "local_world_size", 1)
+
+    def _choose(
+        self, slice_: Slice, snapshot: Snapshot, wish: memory.Asked, free: float
+    ) -> tuple[Slice | Layout, str, memory.Memory]:
+        """The kernel path if the model allows it and it passes its check, else the loader's; why; and the memory.
+
+        `free`: this worker's share of the host's memory, bytes. The weights are afterwards what they were.
+        """
+        unfit = self._unfit(slice_)
+        if unfit is None:
+            place = self._place(slice_, wish, free, kernel=True)
+            try:
+                if place.mode == "regenerated":
+                    raise UnsupportedLayoutError(f"it needs resident directions ({place.reason})")
+                if self.device.type == "cpu" and not packable(self.model_config.dtype, self._ranks):
+                    self._plain = True
+                    self._keep_plain()
+                return *self._checked(slice_, snapshot, place), place
+            except UnsupportedLayoutError as error:
+                logger.warning("landscape: moves take the slow path through the loader: %s", error)
+                unfit = str(error)
+        place = self._place(slice_, wish, free, kernel=False)
+        if place.mode != "regenerated":
+            slice_ = slice_.hold(self.device if place.on_device else torch.device("cpu"))
+        return slice_, unfit, place
+
+    def _place(self, slice_: Slice, wish: memory.Asked, free: float, kernel: bool) -> memory.Memory:
+        """Where the directions go.
+
+        Ranks share the kernel layout's tensors, the loader's are whole on each of them. Taking a slice into the kernel
+        layout needs one more direction on the host for a moment, and a copy of the weights.
+        """
+        size = memory.HALF.itemsize if wish == "half" else torch.float32.itemsize
+        theta = sum(tensor.nbytes for tensor in slice_.theta.values())
+        weights = sum(tensor.numel() for tensor in slice_.theta.values())
+        if kernel:
+            if self.device.type == "cpu" and packable(self.model_config.dtype, self._ranks):
+                theta = torch.float32.itemsize * weights
+            on_device = (theta + 2 * size * weights) / self._ranks
+            on_host = (theta + 3 * size * weights + self.model_config.dtype.itemsize * weights) / self._ranks
+        else:
+            # On the host θ stays mapped from its files.
+            on_host = 2 * size * sum(slice_.theta[name].numel() for name in slice_.moving)
+            on_device = theta + on_host
+        device = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            device = (on_device, torch.cuda.mem_get_info(self.device)[0])
+        return memory.choose(wish, device, (on_host, free))
+
+    def _unfit(self, slice_: Slice) -> str | None:
+        """Why the kernel path is not even tried."""
+        if os.environ.get(MOVE_PATH_VARIABLE, "kernel") != "kernel":
+            return f"{MOVE_PATH_VARIABLE} asks for it"
+        if not slice_.moving:
+            return "no tensor moves"
+        if getattr(self.model_config, "quantization", None):
+            return "the model is quantised"
+        if getattr(self.parallel_config, "pipeline_parallel_size", 1) > 1:
+            return "pipeline parallelism"
+        return None
+
+    def _checked(self, slice_: Slice, snapshot: Snapshot, place: memory.Memory) -> tuple[Layout, str]:
+        """Both paths to random coordinates, which must leave the same bits; then back to the weights before."""
+        draw = random.Random(snapshot.sha256)
+        point = (draw.uniform(0.5, 1.5), -draw.uniform(0.5, 1.5))
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        before = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+        # What packs weights also makes a new function, so the old ones still hold the old weights.
+        kernels = [(module, module.cpu_linear) for module in self.model.modules() if hasattr(module, "cpu_linear")]
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for tensor, values in before:
+                    tensor.copy_(values)
+            for module, kernel in kernels:
+                module.cpu_linear = kernel
+
+        def held() -> dict[str, str]:
+            return checksums(self.model) | {name: _digest(buffer) for name, buffer in self.model.named_buffers()}
+
+        home = self.device if place.on_device else torch.device("cpu")
+        held_as = memory.HALF if place.mode == "half" else torch.float32
+        try:
+            self._write_by_loader(slice_, *point)
+            expected = held()
+            # Whatever the kernel path did not reach would now show.
+            put_back()
+            delta, eta = (slice_.along(axis) for axis in AXES)
+            dtype, ranks = self.model_config.dtype, self._ranks
+            layout = build_layout(self.model, dtype, slice_.theta, delta, eta, held_as, home, ranks)
+            self._write(layout, *point)
+            if held() != expected:
+                raise UnsupportedLayoutError("its weights differ from the loader's in a trial move")
+        except UnsupportedLayoutError:
+            raise
+        except Exception as error:
+            raise UnsupportedLayoutError(f"a trial move failed: {type(error).__name__}: {error}") from error
+        finally:
+            put_back()
+        return layout, f"same weights as by the loader at ({point[0]:.3f}, {point[1]:.3f})"
+
+    def _check_kernels(self) -> None:
+        """Refuse a server whose compiled graph would go on using the weights it was compiled with."""
+        if self.device.type == "cpu" and not self.model_config.enforce_eager:
+            raise ValueError(
+                "this CPU server was started without --enforce-eager: its compiled graph keeps packed copies of the "
+                "linear weights, which no move reaches; start it again with --enforce-eager"
+            )
+
+    def start_weight_update(self) -> None:
+        """Nothing to prepare: a move is whole within `receive_weights`."""
+
+    def finish_weight_update(self) -> None:
+        """Nothing to finish."""
+
+    def receive_weights(self, update_info: MoveRequest) -> None:
+        """Move. If writing fails half-way, go back to the coordinates before; the report says which it was."""
+        started = time.perf_counter()
+        state = self._state
+        if state is None:
+            self._report(update_info.report, {"error": "no snapshot is loaded on this worker", "weights": "unchanged"})
+            return
+        before = state.at
+        state.at = None
+        try:
+            changed = self._write(state.how, update_info.alpha, update_info.beta)
+        except Exception as error:  # a mixture of two policies must be repaired or declared, whatever raised
+            outcome = {"error": f"{type(error).__name__}: {error}", "weights": "dirty"}
+            if before is not None:
+                try:
+                    self._write(state.how, *before)
+                    state.at = before
+                    outcome["weights"] = "restored"
+                except Exception as second:
+                    outcome["error"] += f"; going back failed too: {type(second).__name__}: {second}"
+            self._report(update_info.report, outcome)
+            return
+        state.at = (update_info.alpha, update_info.beta)
+        self._report(
+            update_info.report,
+            {
+                "changed": changed,
+                "theta": state.theta_squared,
+                "weights": "moved",
+                "seconds": time.perf_counter() - started,
+            },
+        )
+
+    def _write(self, how: Slice | Layout, alpha: float, beta: float) -> float:
+        """Move; returns this rank's share of Σ (rounded(α, β) − rounded(0, 0))²."""
+        if isinstance(how, Slice):
+            return self._write_by_loader(how, alpha, beta)
+        self._keep_plain()
+        return how.write(alpha, beta)
+
+    def _keep_plain(self) -> None:
+        if self.device.type == "cpu":
+            keep_plain(self.model, self.model_config.dtype, self._ranks)
+
+    def _write_by_loader(self, slice_: Slice, alpha: float, beta: float) -> float:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        stats = MoveStats()
+        initialize_layerwise_reload(self.model)
+        try:
+            tensors = slice_.at(alpha, beta, self.model_config.dtype, stats)
+            loader: Any = self.model.load_weights
+            loader((name, tensor.to(self.device)) for name, tensor in tensors)
+        finally:
+            finalize_layerwise_reload(self.model, self.model_config)
+        if self._plain:
+            self._keep_plain()
+        elif self.device.type == "cpu":
+            _repack_shared(self.model)
+        # Every rank goes through the whole checkpoint.
+        return stats.changed / self._ranks
+
+    def _report(self, directory: str, content: dict[str, Any]) -> None:
+        path = Path(directory) / f"rank{self.parallel_config.rank}.json"
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(content))
+        os.replace(scratch, path)
+
+    def shutdown(self) -> None:
+        """Forget slice and snapshot; the model keeps the weights it has."""
+        self._state = None

@@ -1,0 +1,452 @@
+"""A saved policy: a Hugging Face directory of safetensors, and what makes it that policy and no other.
+
+    python -m rlvr_landscape_plugin.snapshot ls outputs/laptop
+    python -m rlvr_landscape_plugin.snapshot verify outputs/laptop
+
+A directory of any origin will do. A trainer that wants more writes with `write_snapshot`: the directory then has a
+`manifest.json` with the SHA-256 of every file, and from there on a file that is missing, foreign or different is
+refused by name, in two stages so that nothing big is read twice. `open_snapshot` looks at names, sizes and every small
+file; `Snapshot.sha256`, which a sweep and a server compute anyway, compares the weights.
+
+Reading and writing need neither torch nor transformers: the trainer fills the directory, this module makes it a
+snapshot. Nothing here changes a snapshot that exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlvr_landscape_plugin.errors import SnapshotError, run_cli
+
+SHIPPED = {"tiny-sorter": Path(__file__).parents[1] / "policies" / "tiny_sorter"}
+"""Policies that come with the package, by the name a configuration uses."""
+
+MANIFEST = "manifest.json"
+
+_STEP = re.compile(r"step_(\d+)$")
+_INDEX = "model.safetensors.index.json"
+_FORMAT = 1
+_HEX = re.compile(r"[0-9a-f]{64}")
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and what it is, from the safetensors header."""
+
+    file: Path
+    dtype: str
+    """Name in safetensors' spelling: F32, BF16, F16 …"""
+    shape: tuple[int, ...]
+    start: int = 0
+    """Position of its first byte in the file."""
+
+    def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        """The values exactly (bfloat16 as float32): of `shape`, or `count` of them, flat, from element `first` on.
+
+        Raises `SnapshotError` for NaN, infinity and dtypes that are not F64, F32, F16 or BF16.
+        """
+        if self.dtype not in _DTYPES:
+            raise SnapshotError(f"{self.file} holds {self.dtype} tensors; directions need {', '.join(_DTYPES)}")
+        dtype = np.dtype(_DTYPES[self.dtype])
+        size = math.prod(self.shape) if count is None else count
+        values = np.fromfile(self.file, dtype, size, offset=self.start + first * dtype.itemsize)
+        if self.dtype == "BF16":
+            values = (values.astype("<u4") << 16).view("<f4")
+        if not np.isfinite(values).all():
+            raise SnapshotError(f"{self.file} holds NaN or infinity; no direction can be made of it")
+        return values.reshape(self.shape) if count is None else values
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Where a snapshot comes from and what it consists of; `manifest.json` in its directory."""
+
+    step: int
+    """Optimizer updates behind it; 0 is the policy that training started from."""
+    trainer: Mapping[str, str] = field(default_factory=dict)
+    """`name` and `version` of the trainer."""
+    run: str = ""
+    """Id of the run that wrote it."""
+    parent_run: str | None = None
+    """Id of the run whose snapshot this run started from; None where it started from another model."""
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    """The run's configuration, JSON-able."""
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    """`name` and `options` of the training objective."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """The trainer's metrics of this step; empty where there are none, as at step 0."""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Relative path → `sha256` (hex) and `size` (bytes) of every file but the manifest itself. Empty: unknown."""
+
+    @classmethod
+    def read(cls, file: Path) -> Manifest:
+        """The manifest in `file`. Keys of other tools are passed over; raises `SnapshotError` naming the file."""
+        try:
+            data = json.loads(file.read_text())
+            step = data["step"]
+            if type(step) is not int or step < 0:
+                raise ValueError(f"step is {step!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise SnapshotError(f"{file} has no integer 'step' ≥ 0: {error!r}; correct or remove the file") from error
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        for name, entry in dict(known.get("files") or {}).items():
+            whole = isinstance(entry, dict) and type(entry.get("size")) is int
+            if not (whole and _HEX.fullmatch(str(entry.get("sha256")))) or _outside(name):
+                raise SnapshotError(f"{file}: the entry of {name!r} in 'files' is damaged: {entry!r}")
+        return cls(**known)
+
+
+def _outside(name: str) -> bool:
+    path = Path(name)
+    return not name or path.is_absolute() or ".." in path.parts
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One policy on disk. Build it with `open_snapshot`, which checks the directory."""
+
+    path: Path
+    step: int
+    """Optimizer updates behind it; 0 is the base model."""
+    tensors: Mapping[str, TensorInfo]
+    manifest: Manifest | None = None
+    """What its writer said about it; None for a directory without `manifest.json`."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint name → shape."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, sorted."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over config.json and every weight file (names and bytes).
+
+        Raises `SnapshotError` naming the file where a manifest promises other bytes.
+        """
+        digest = hashlib.sha256()
+        for file in [self.path / "config.json", *self.files]:
+            digest.update(file.name.encode() + b"\x00")
+            digest.update(self._checked_digest(file))
+        return digest.hexdigest()
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as stored (bfloat16 as float32); raises `SnapshotError` naming file and tensor."""
+        return read_tensor(self.tensors, name)
+
+    def verify(self) -> None:
+        """Read every file and compare it with the manifest; raises `SnapshotError` naming the first that differs.
+
+        `open_snapshot` has compared the small ones already, and what `sha256` covers is read once, whoever asks first.
+        """
+        if self.manifest is None or not self.manifest.files:
+            raise SnapshotError(
+                f"{self.path} has no {MANIFEST} with checksums, so there is nothing to verify it against"
+            )
+        _ = self.sha256
+        done = {file.name for file in self.files}
+        for name in self.manifest.files:
+            if name not in done:
+                self._checked_digest(self.path / name)
+
+    def _checked_digest(self, file: Path) -> bytes:
+        found = file_sha256(file)
+        if self.manifest is not None and self.manifest.files:
+            _compare(file, found, self.manifest.files[file.relative_to(self.path).as_posix()]["sha256"])
+        return bytes.fromhex(found)
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _compare(file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise SnapshotError(
+            f"{file} is not the file that {MANIFEST} names: SHA-256 {found[:12]}… on disk, {expected[:12]}… expected; "
+            "copy the snapshot again"
+        )
+
+
+def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> np.ndarray:
+    """One of `tensors` as stored (bfloat16 as float32); raises `SnapshotError` naming file and tensor."""
+    try:
+        return tensors[name].read()
+    except SnapshotError as error:
+        raise SnapshotError(f"tensor {name!r}: {error}") from error
+
+
+def write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:
+    """Write float32 tensors one after the other, in the order of `shapes`, so that one at a time is in memory."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as sink:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape), values in zip(shapes.items(), tensors, strict=True):
+            if values.shape != tuple(shape):
+                raise ValueError(f"tensor {name!r} has shape {values.shape}, announced as {tuple(shape)}")
+            sink.write(np.ascontiguousarray(values, "<f4").tobytes())
+
+
+def safetensors_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; raises `SnapshotError` naming the file unless it is whole."""
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            size = file.stat().st_size
+            if not 0 < length <= min(size - 8, 100_000_000):
+                raise ValueError(f"header length {length} does not fit a file of {size} bytes")
+            header = json.loads(handle.read(length))
+        infos = {
+            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max((entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes on disk, {8 + length + end} expected (truncated or overgrown)")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SnapshotError(f"{file} is not a whole safetensors file: {error}; copy the snapshot again") from error
+    return infos
+
+
+def step_of_name(path: Path) -> int:
+    """The step that a directory's name says, 0 if it says none."""
+    match = _STEP.search(path.name)
+    return int(match.group(1)) if match else 0
+
+
+def _contents(path: Path) -> list[str]:
+    """Relative paths of the files of a policy: all but the manifest, hidden files and a model card."""
+    found = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+    return [
+        name.as_posix()
+        for name in found
+        if not any(part.startswith(".") for part in name.parts) and name.suffix != ".md" and str(name) != MANIFEST
+    ]
+
+
+def _check_contents(path: Path, manifest: Manifest) -> None:
+    """Compare names and sizes with the manifest, and the bytes of everything but the weights."""
+    for name, entry in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise SnapshotError(f"{path / MANIFEST} names {name}, which is missing; copy the snapshot again")
+        if file.stat().st_size != entry["size"]:
+            raise SnapshotError(
+                f"{file} is not the file that {MANIFEST} names: {file.stat().st_size} bytes on disk, {entry['size']} "
+                "expected; copy the snapshot again"
+            )
+        if file.suffix != ".safetensors":
+            _compare(file, file_sha256(file), entry["sha256"])
+    if foreign := sorted(set(_contents(path)) - set(manifest.files)):
+        raise SnapshotError(f"{path / foreign[0]} is not among the files of {MANIFEST}; remove it or copy again")
+
+
+def open_snapshot(reference: str | Path) -> Snapshot:
+    """The snapshot behind a directory path or a shipped name.
+
+    The step comes from `manifest.json`, else from a directory name like `step_000010`, else it is 0. Raises
+    `SnapshotError` naming the file for: no such directory, no config, no safetensors, a shard or tensor that the index
+    promises and the files lack, a truncated file, and, where the manifest has checksums, a file that is missing,
+    foreign or different (weights: in size; their bytes are compared by `sha256` and `verify`).
+    """
+    path = SHIPPED.get(str(reference), Path(reference)).expanduser().resolve()
+    if not path.is_dir():
+        raise SnapshotError(
+            f"snapshot {str(reference)!r} is not a directory ({path}); give a Hugging Face checkpoint directory "
+            f"or one of {', '.join(sorted(SHIPPED))}"
+        )
+    if not (path / "config.json").is_file():
+        raise SnapshotError(f"{path} has no config.json; a snapshot is a whole Hugging Face checkpoint directory")
+    manifest = Manifest.read(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    if manifest is not None and manifest.files:
+        _check_contents(path, manifest)
+    promised: dict[str, str] | None = None
+    if (path / _INDEX).is_file():
+        try:
+            promised = dict(json.loads((path / _INDEX).read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SnapshotError(f"{path / _INDEX} is not a safetensors index: {error!r}") from error
+        files = sorted({path / name for name in promised.values()})
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise SnapshotError(
+            f"{path} holds no *.safetensors; save it with save_pretrained(..., safe_serialization=True) "
+            "(pickled .bin weights are not read)"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        if not file.is_file():
+            raise SnapshotError(f"{path / _INDEX} names {file.name}, which is missing; copy the snapshot again")
+        tensors |= safetensors_header(file)
+    if missing := sorted(set(promised or ()) - set(tensors)):
+        raise SnapshotError(f"{path} lacks tensor {missing[0]!r} (and {len(missing) - 1} more) named by {_INDEX}")
+    return Snapshot(path, step_of_name(path) if manifest is None else manifest.step, tensors, manifest)
+
+
+def snapshot_name(step: int) -> str:
+    """Directory name of the snapshot of a step."""
+    return f"step_{step:06d}"
+
+
+def write_snapshot(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Path:
+    """A whole snapshot `root/step_<N>/`, or none: `fill` puts config, tokenizer and weights into an empty directory.
+
+    The directory has a temporary name until every file is on disk and in the manifest (`manifest.files` is not read),
+    then it is renamed. A snapshot that exists is never touched: if it has the same files, its path is returned,
+    otherwise `SnapshotError` names the first difference.
+    """
+    target = root / snapshot_name(manifest.step)
+    root.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=root))
+    try:
+        fill(scratch)
+        files = {
+            name: {"sha256": file_sha256(scratch / name), "size": (scratch / name).stat().st_size}
+            for name in _contents(scratch)
+        }
+        content = {"format": _FORMAT, **asdict(manifest), "files": files}
+        (scratch / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+        open_snapshot(scratch)  # what cannot be read back must not get a name
+        for file in [*(scratch / name for name in [*files, MANIFEST]), scratch]:
+            _sync(file)
+        scratch.chmod(0o755)  # mkdtemp's are for the owner only; a server may run as somebody else
+        if not target.exists():
+            try:
+                os.rename(scratch, target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+            else:
+                _sync(root)
+                return target
+        _same_files(target, files)
+        return target
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _same_files(target: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    names = sorted(set(_contents(target)) | set(files))
+    for name in names:
+        if name not in files or not (target / name).is_file() or file_sha256(target / name) != files[name]["sha256"]:
+            raise SnapshotError(
+                f"{target} exists with another {name}; a snapshot is never overwritten, give the run another directory"
+            )
+
+
+def find_snapshots(path: Path) -> list[Path]:
+    """Snapshot directories of a run: `path/snapshots/step_*`, else `path/step_*`, else `path` itself, by step.
+
+    Raises `SnapshotError` where there are none.
+    """
+    if not path.is_dir():
+        raise SnapshotError(f"{path} is not a directory; give a run's directory, or one that holds step_<N>/")
+    for folder in (path / "snapshots", path):
+        found = [item for item in folder.glob("step_*") if item.is_dir() and _STEP.fullmatch(item.name)]
+        if found:
+            return sorted(found, key=step_of_name)
+    if (path / "config.json").is_file():
+        return [path]
+    raise SnapshotError(f"{path} holds no snapshots (step_<N>/ there, or in its snapshots/)")
+
+
+def compare_tensors(expected: Mapping[str, tuple[int, ...]], snapshot: Snapshot, model: str) -> None:
+    """Raise `SnapshotError` unless `snapshot` has exactly the tensors `expected` (name → shape) of `model`."""
+    shapes = snapshot.shapes
+    problems = [
+        *(f"tensor {name!r} is missing" for name in sorted(set(expected) - set(shapes))),
+        *(f"tensor {name!r} is not part of the model" for name in sorted(set(shapes) - set(expected))),
+        *(
+            f"tensor {name!r} has shape {list(shapes[name])}, expected {list(shape)}"
+            for name, shape in sorted(expected.items())
+            if name in shapes and shapes[name] != tuple(shape)
+        ),
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise SnapshotError(f"snapshot {snapshot.path} does not fit {model}: {problems[0]}{more}")
+
+
+def _print_table(path: Path, verify: bool) -> None:
+    """One row per snapshot; raises `SnapshotError` with every problem found, after the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(path))
+    for heading in ("step", "state", "trainer", "run", "objective", "reward", "MB"):
+        table.add_column(heading, justify="right" if heading in ("step", "reward", "MB") else "left")
+    problems = []
+    for folder in find_snapshots(path):
+        try:
+            snapshot = open_snapshot(folder)
+            if verify:
+                snapshot.verify()
+        except SnapshotError as error:
+            problems.append(str(error))
+            table.add_row(folder.name.removeprefix("step_").lstrip("0") or "0", "[red]refused[/red]")
+            continue
+        manifest = snapshot.manifest or Manifest(snapshot.step)
+        state = "verified" if verify else ("complete" if manifest.files else "no checksums")
+        reward = manifest.metrics.get("reward")
+        size = sum(file.stat().st_size for file in snapshot.files) / 1e6
+        table.add_row(
+            str(snapshot.step),
+            state,
+            " ".join(str(manifest.trainer[key]) for key in ("name", "version") if key in manifest.trainer),
+            manifest.run[:12],
+            str(manifest.objective.get("name", "")),
+            "" if reward is None else f"{reward:.3f}",
+            f"{size:.1f}",
+        )
+    Console().print(table)
+    if problems:
+        raise SnapshotError("\n       ".join(problems))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlvr_landscape_plugin.snapshot", description="Look at the snapshots of a training run."
+    )
+    parser.add_argument("command", choices=("ls", "verify"), help="ls: list them; verify: read and compare every byte")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="a run's directory, its snapshots/, or one snapshot"
+    )
+    given = parser.parse_args(argv)
+    return run_cli(lambda: _print_table(given.run_dir, given.command == "verify"))

@@ -1,0 +1,481 @@
+"""The weight engine without a server: what a failed move leaves behind, and the two ways to move vLLM's own models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed (extra cpu or gpu)")
+
+import numpy as np
+import torch
+from conftest import POLICY
+from safetensors.torch import load_file
+
+from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, scaled_direction
+from rlvr_landscape_plugin.serving.launch import free_port
+from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, MOVE_PATH_VARIABLE
+from rlvr_landscape_plugin.serving.worker import kernel_layout
+from rlvr_landscape_plugin.serving.worker.engine import (
+    LandscapeEngine,
+    LoadRequest,
+    MoveRequest,
+    MoveStats,
+    Slice,
+    _digest,
+    checksums,
+    register,
+)
+from rlvr_landscape_plugin.serving.worker.kernel_layout import Layout, Part, unpacked
+from rlvr_landscape_plugin.snapshot import file_sha256, write_safetensors
+
+pytestmark = pytest.mark.server
+
+
+class Model(torch.nn.Module):
+    """Stands for vLLM's model: one flat module with a loader that can be made to fail half-way."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.names = {name: name.replace(".", "_") for name in tensors}
+        for name, tensor in tensors.items():
+            self.register_parameter(self.names[name], torch.nn.Parameter(tensor.clone(), requires_grad=False))
+        self.fail_after: list[int] = []
+
+    def load_weights(self, weights) -> None:
+        limit = self.fail_after.pop(0) if self.fail_after else None
+        for count, (name, tensor) in enumerate(weights):
+            if count == limit:
+                raise RuntimeError("device lost")
+            self.get_parameter(self.names[name]).data.copy_(tensor)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: self.get_parameter(attribute).data.clone() for name, attribute in self.names.items()}
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch) -> LandscapeEngine:
+    from vllm.model_executor.model_loader import reload
+
+    # The stub has no layers to reload layer by layer; vLLM's own path runs in test_server.py.
+    monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda model: None)
+    monkeypatch.setattr(reload, "finalize_layerwise_reload", lambda model, config: None)
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(rank=0),
+        model_config=SimpleNamespace(model=str(POLICY), dtype=torch.float32, enforce_eager=True),
+    )
+    model = Model(load_file(POLICY / "model.safetensors"))
+    return LandscapeEngine(SimpleNamespace(backend="landscape"), config, torch.device("cpu"), model)  # type: ignore
+
+
+def call(engine: LandscapeEngine, folder: Path, alpha: float, beta: float) -> dict:
+    engine.receive_weights(MoveRequest(alpha, beta, str(folder)))
+    return json.loads((folder / "rank0.json").read_text())
+
+
+def load(engine: LandscapeEngine, folder: Path, snapshot: Path = POLICY) -> dict:
+    engine.init_transfer_engine(LoadRequest(str(folder), str(snapshot), {"seed": 0}))
+    return json.loads((folder / "rank0.json").read_text())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_failed_move_goes_back(engine, tmp_path):
+    load(engine, tmp_path)
+    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved"
+    before = engine.model.state()
+    engine.model.fail_after = [5]
+    outcome = call(engine, tmp_path, -0.1, 0.0)
+    assert outcome["weights"] == "restored"
+    assert "device lost" in outcome["error"]
+    assert same(engine.model.state(), before)
+
+
+def test_a_move_that_cannot_go_back_is_dirty_until_one_succeeds(engine, tmp_path):
+    load(engine, tmp_path)
+    origin = engine.model.state()
+    call(engine, tmp_path, 0.1, 0.0)
+    engine.model.fail_after = [5, 3]
+    assert call(engine, tmp_path, -0.1, 0.0)["weights"] == "dirty"
+    engine.model.fail_after = [2]
+    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "dirty", "nothing whole to go back to"
+    assert call(engine, tmp_path, 0.0, 0.0)["weights"] == "moved"
+    assert same(engine.model.state(), origin)
+
+
+def test_the_first_move_has_nothing_to_go_back_to(engine, tmp_path):
+    load(engine, tmp_path)
+    engine.model.fail_after = [1]
+    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "dirty"
+
+
+def test_moving_without_a_snapshot_is_an_error(engine, tmp_path):
+    outcome = call(engine, tmp_path, 0.1, 0.0)
+    assert outcome["weights"] == "unchanged"
+    assert "no snapshot" in outcome["error"]
+
+
+def test_a_refused_snapshot_leaves_the_old_slice_in_force(engine, tmp_path):
+    load(engine, tmp_path)
+    bad = tmp_path / "bad"
+    shutil.copytree(POLICY, bad)
+    (bad / "model.safetensors").write_bytes((POLICY / "model.safetensors").read_bytes()[:-8])
+    assert "not a whole safetensors file" in load(engine, tmp_path, bad)["error"]
+    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved"
+
+
+def test_nothing_drifts_over_many_moves(engine, tmp_path):
+    load(engine, tmp_path)
+    origin = engine.model.state()
+    call(engine, tmp_path, 0.07, -0.03)
+    once = engine.model.state()
+    for step in range(20):
+        call(engine, tmp_path, 0.01 * step, -0.02 * step)
+    call(engine, tmp_path, 0.07, -0.03)
+    assert same(engine.model.state(), once)
+    call(engine, tmp_path, 0.0, 0.0)
+    assert same(engine.model.state(), origin)
+
+
+def test_bfloat16_is_cast_once_and_the_realised_step_says_so():
+    theta = {"w": torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)}
+    slice_ = Slice.build(theta, SliceSpec(0))
+    delta, eta = slice_.draw("alpha", "w"), slice_.draw("beta", "w")
+    for alpha, beta in ((1e-4, 0.0), (0.05, -0.05)):
+        stats = MoveStats()
+        ((_, moved),) = slice_.at(alpha, beta, torch.bfloat16, stats)
+        exact = theta["w"].double() + alpha * delta.double() + beta * eta.double()
+        expected = exact.to(torch.float32).to(torch.bfloat16)
+        assert (moved != expected).float().mean() < 1e-3, "double rounding would move many more"
+        realised = float((moved.double() - theta["w"].double()).norm() / theta["w"].double().norm())
+        assert stats.realised_step == pytest.approx(realised, rel=1e-5)
+    stats = MoveStats()
+    list(slice_.at(1e-4, 0.0, torch.bfloat16, stats))
+    assert abs(stats.realised_step / 1e-4 - 1) > 0.05, "near the origin bfloat16 does not take the nominal step"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_displacement_back_is_the_first_snapshot(tmp_path, dtype):
+    noise = torch.Generator().manual_seed(0)
+    first = {"w": torch.randn(64, 64, generator=noise).to(dtype), "b": torch.zeros(7, dtype=dtype)}
+    theta = {name: (t + 0.03 * torch.randn(t.shape, generator=noise)).to(dtype) for name, t in first.items()}
+    file = tmp_path / "direction.safetensors"
+    change = {name: (theta[name].double() - first[name].double()).float().numpy() for name in sorted(theta)}
+    write_safetensors(file, {name: values.shape for name, values in change.items()}, change.values())
+    spec = SliceSpec(0, alpha=DirectionSpec("displacement", "none", sha256=file_sha256(file)))
+    slice_ = Slice.build(theta, spec, {"alpha": str(file)})
+    stats = MoveStats()
+    for name, moved in slice_.at(-1.0, 0.0, dtype, stats):
+        tolerance = 0.0 if dtype == torch.bfloat16 else torch.finfo(dtype).eps
+        torch.testing.assert_close(moved, first[name], rtol=tolerance, atol=tolerance * 4)
+    length = sum(float(np.square(values, dtype=float).sum()) for values in change.values()) ** 0.5
+    size = sum(float(tensor.double().square().sum()) for tensor in theta.values()) ** 0.5
+    assert stats.realised_step == pytest.approx(length / size, rel=1e-5)
+    with pytest.raises(ValueError, match=r"slice\.alpha is not drawn from the seed, and no file came with it"):
+        Slice.build(theta, spec)
+
+
+def test_registering_twice_is_harmless():
+    register()
+    register()
+
+
+@pytest.mark.parametrize("directions", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("stored", "served"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
+def test_blocks_and_threads_leave_the_bits_of_one_whole_tensor(stored, served, directions):
+    noise = torch.Generator().manual_seed(0)
+    sizes = {"a": 2**20 + 2**15 + 7, "b": 3}
+    theta = {name: torch.randn(size, generator=noise).to(getattr(torch, stored)) for name, size in sizes.items()}
+    slice_ = Slice.build(theta, SliceSpec(0), dtype=getattr(torch, directions))
+    module = torch.nn.Module()
+    for name, size in sizes.items():
+        empty = torch.empty(size, dtype=getattr(torch, served))
+        module.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+    held = slice_.hold(torch.device("cpu")).held or {}
+    parts = [Part(module, n, theta[n], *held[n], [(0, sizes[n], 1.0)]) for n in sizes]
+    layout = Layout(parts, torch.device("cpu"))
+    for alpha, beta in ((0.7, -1.2), (0.0, 1e-3), (0.0, 0.0)):
+        stats = MoveStats()
+        changed = layout.write(alpha, beta)
+        for name, expected in slice_.at(alpha, beta, getattr(torch, served), stats):
+            assert torch.equal(module.get_parameter(name), expected)
+        assert changed == pytest.approx(stats.changed, rel=1e-5)
+
+
+def test_a_failed_move_in_kernel_layout_goes_back(engine, tmp_path, monkeypatch):
+    load(engine, tmp_path)
+    slice_ = engine._state.how
+    engine._state.how = Layout(
+        [
+            Part(
+                *(engine.model, engine.model.names[name], theta.view(-1)),
+                *(direction.view(-1) for direction in slice_.held[name]),
+                shares=[(0, theta.numel(), 1.0)],
+            )
+            for name, theta in slice_.theta.items()
+        ],
+        torch.device("cpu"),
+    )
+    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved"
+    before = engine.model.state()
+    whole, failures = kernel_layout._move_chunks, [1]
+
+    def half(chunks, alpha, beta):
+        if failures:
+            whole(itertools.islice(chunks, 3), alpha, beta)
+            failures.clear()
+            raise RuntimeError("device lost")
+        return whole(chunks, alpha, beta)
+
+    monkeypatch.setattr(kernel_layout, "_move_chunks", half)
+    outcome = call(engine, tmp_path, -0.1, 0.0)
+    assert (outcome["weights"], outcome["error"]) == ("restored", "RuntimeError: device lost")
+    assert same(engine.model.state(), before)
+
+
+POINTS = ((0.0, 0.0), (0.05, -0.1), (-0.3, 0.0), (0.0, 0.0))
+
+
+def random_qwen2(folder: Path, dtype: str, tied: bool) -> Path:
+    """One key-value head (held twice by two ranks), biases that are not zero, a vocabulary that vLLM pads."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    for file in POLICY.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def built(snapshot: Path, dtype: str, rank: int, ranks: int) -> Any:
+    """vLLM's own model of a snapshot and its configuration, in this process."""
+    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+    from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
+
+    _set_torch_accelerator_to_noop()
+    config = VllmConfig(
+        model_config=ModelConfig(model=str(snapshot), dtype=getattr(torch, dtype), enforce_eager=True),
+        cache_config=CacheConfig(block_size=16),
+        device_config=DeviceConfig("cpu"),
+        parallel_config=ParallelConfig(tensor_parallel_size=ranks, rank=rank, distributed_executor_backend="mp"),
+    )
+    with set_current_vllm_config(config):
+        return get_model(vllm_config=config), config
+
+
+@dataclass
+class Trip:
+    """Along POINTS by one of the paths; `change(model)` alters the model before anything is loaded."""
+
+    snapshot: Path
+    dtype: str
+    path: str
+    change: Callable[[Any], None] | None = None
+    memory: str = "auto"
+
+
+def travel(trip: Trip, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+    """What a rank reports and holds on the way."""
+    from vllm.config import set_current_vllm_config
+
+    os.environ[MOVE_PATH_VARIABLE] = trip.path
+    os.environ[DIRECTIONS_MEMORY_VARIABLE] = trip.memory
+    model, config = built(trip.snapshot, trip.dtype, rank, ranks)
+    if trip.change is not None:
+        trip.change(model)
+    fresh = checksums(model)
+    engine = LandscapeEngine(SimpleNamespace(backend="landscape"), config, torch.device("cpu"), model)  # type: ignore
+    folder.mkdir(parents=True, exist_ok=True)
+    with set_current_vllm_config(config):
+        engine.init_transfer_engine(LoadRequest(str(folder), str(trip.snapshot), {"seed": 0}))
+        loaded = json.loads((folder / f"rank{rank}.json").read_text())
+        held, moves, products = [checksums(model)], [], []
+        for alpha, beta in POINTS:
+            engine.receive_weights(MoveRequest(alpha, beta, str(folder)))
+            moves.append(json.loads((folder / f"rank{rank}.json").read_text()))
+            held.append(checksums(model))
+            products.append(wrong_products(model))
+    return {"fresh": fresh, "loaded": loaded, "held": held, "moves": moves, "products": products}
+
+
+def wrong_products(model: Any) -> list[str]:
+    """Linear layers whose kernel does not multiply with the weight they hold, rows of activations being views."""
+    wrong = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not hasattr(module, "cpu_linear") or weight is None:
+            continue
+        if not weight.numel():
+            weight = unpacked(module, weight)
+        for rows in (1, 3, 200):
+            draw = torch.Generator().manual_seed(rows)
+            x = torch.randn(rows, 2 * weight.shape[1], generator=draw).to(weight.dtype)[:, weight.shape[1] :]
+            with torch.inference_mode():
+                got = module.quant_method.apply(module, x, None).float()
+            if not torch.allclose(got, x.float() @ weight.float().T, rtol=2e-2, atol=2e-2):
+                wrong.append(f"{name}, {rows} rows")
+    return wrong
+
+
+def run_rank(rank: int, ranks: int, port: int, folder: Path, trips: dict[str, Trip]) -> None:
+    """In a process of its own: `trips` one after the other, results as JSON."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    torch.set_num_threads(1)
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
+        initialize_model_parallel(ranks)
+    results = {name: travel(trip, rank, ranks, folder / name) for name, trip in trips.items()}
+    (folder / f"results{rank}.json").write_text(json.dumps(results))
+
+
+def run_ranks(ranks: int, folder: Path, trips: dict[str, Trip]) -> list[dict[str, Any]]:
+    """`run_rank` of each rank."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    processes = [context.Process(target=run_rank, args=(rank, ranks, port, folder, trips)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def bend(model: Any) -> None:
+    """Make the loader other than linear in one small tensor, without changing a norm."""
+    straight = model.load_weights
+    name = "model.layers.1.input_layernorm.weight"
+    model.load_weights = lambda weights: straight((n, t.abs() if n == name else t) for n, t in weights)
+
+
+def realised_step(ranks: list[dict[str, Any]], move: int) -> float:
+    return math.sqrt(sum(rank["moves"][move]["changed"] for rank in ranks) / ranks[0]["moves"][move]["theta"])
+
+
+def agree(kernel: list[dict[str, Any]], loader: list[dict[str, Any]]) -> None:
+    """Both paths held the same bits all the way, and say the same of their steps."""
+    assert {rank["loaded"]["move_path"] for rank in kernel} == {"kernel"}
+    assert {rank["loaded"]["move_path"] for rank in loader} == {"loader"}
+    for ours, theirs in zip(kernel, loader, strict=True):
+        assert ours["held"] == theirs["held"]
+        assert ours["fresh"] == ours["held"][0] == ours["held"][1] == ours["held"][4], (
+            "loading and (0, 0) change nothing"
+        )
+        assert ours["held"][1] != ours["held"][2] != ours["held"][3]
+        assert not any(ours["products"] + theirs["products"])
+    shares = sum(rank["loaded"]["theta_share"] for rank in kernel)
+    assert shares == pytest.approx(kernel[0]["loaded"]["theta"], rel=1e-9)
+    for move in range(len(POINTS)):
+        assert realised_step(kernel, move) == pytest.approx(realised_step(loader, move), rel=1e-5)
+
+
+def fused_moved(snapshot: Path, dtype: str, rounded: bool) -> dict[str, list[str]]:
+    """SHA-256 at each of POINTS of what the kernels of layer 0 must hold, from the directions themselves."""
+    theta = load_file(snapshot / "model.safetensors")
+    layer = "model.layers.0."
+    fused = {
+        f"{layer}self_attn.qkv_proj.bias": [f"{layer}self_attn.{part}_proj.bias" for part in "qkv"],
+        f"{layer}mlp.gate_up_proj.weight": [f"{layer}mlp.{part}_proj.weight" for part in ("gate", "up")],
+        f"{layer}input_layernorm.weight": [f"{layer}input_layernorm.weight"],
+    }
+
+    def moved(name: str, alpha: float, beta: float) -> torch.Tensor:
+        weight = theta[name].float()
+        drawn = [scaled_direction(SliceSpec(0), axis, name, weight.numpy(), 1.0) for axis in AXES]
+        delta, eta = ((nearest_bfloat16(values) if rounded else values) for values in drawn)
+        total = torch.add(weight, torch.from_numpy(delta), alpha=alpha).add(torch.from_numpy(eta), alpha=beta)
+        return total.to(getattr(torch, dtype))
+
+    return {
+        target: [_digest(torch.cat([moved(name, *point) for name in names])) for point in POINTS]
+        for target, names in fused.items()
+    }
+
+
+def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to 8 significant bits, ties to even, by integer arithmetic."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
+
+
+def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
+    """Fused projections with biases, tied and untied heads, a padded vocabulary, bfloat16; and a crooked loader."""
+    tied = random_qwen2(tmp_path / "tied", "bfloat16", True)
+    untied = random_qwen2(tmp_path / "untied", "float32", False)
+    cases = {"tied": (tied, "bfloat16"), "untied": (untied, "float32")}
+    trips = {
+        f"{name}-{memory}-{path}": Trip(*case, path, memory=memory)
+        for name, case in cases.items()
+        for memory in ("float32", "half")
+        for path in ("kernel", "loader")
+    }
+    trips |= {f"{name}-regenerated": Trip(*case, "kernel", memory="regenerated") for name, case in cases.items()}
+    trips |= {f"bent-{path}": Trip(untied, "float32", path, bend) for path in ("kernel", "loader")}
+    (results,) = run_ranks(1, tmp_path, trips)
+    for name, (snapshot, dtype) in cases.items():
+        for memory, held_as in (("float32", "float32"), ("half", "bfloat16")):
+            kernel, loader = (results[f"{name}-{memory}-{path}"] for path in ("kernel", "loader"))
+            agree([kernel], [loader])
+            for facts in (kernel["loaded"], loader["loaded"]):
+                assert facts["directions_memory"] == f"{held_as} on the host"
+                assert facts["directions_dtype"] == held_as
+                assert f"{DIRECTIONS_MEMORY_VARIABLE} asks for {memory}" in facts["directions_memory_reason"]
+            for target, expected in fused_moved(snapshot, dtype, memory == "half").items():
+                assert [held[target] for held in kernel["held"][1:]] == expected, f"{name}, {memory}: {target}"
+        regenerated, resident = results[f"{name}-regenerated"], results[f"{name}-float32-loader"]
+        assert regenerated["held"] == resident["held"] != results[f"{name}-half-loader"]["held"]
+        assert [move["changed"] for move in regenerated["moves"]] == [move["changed"] for move in resident["moves"]]
+        assert regenerated["loaded"]["directions_memory"] == "regenerated for each move"
+        assert (regenerated["loaded"]["directions_dtype"], regenerated["loaded"]["move_path"]) == ("float32", "loader")
+    bent, straight = results["bent-kernel"], results["bent-loader"]
+    assert bent["loaded"]["move_path"] == "loader"
+    assert "its weights differ from the loader's" in bent["loaded"]["move_path_reason"]
+    assert bent["held"] == straight["held"], "fallen back, and the trial left no trace"
+    assert not any(bent["products"])
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_kernel_layout(tmp_path):
+    """Shards, a key-value head that both ranks hold, biases and norms that are copies: steps count each weight once."""
+    snapshot = random_qwen2(tmp_path / "untied", "float32", False)
+    trips = {
+        f"{memory}-{path}": Trip(snapshot, "bfloat16", path, memory=memory)
+        for memory in ("float32", "half")
+        for path in ("kernel", "loader")
+    }
+    results = run_ranks(
+        2, tmp_path, trips | {"regenerated": Trip(snapshot, "bfloat16", "kernel", memory="regenerated")}
+    )
+    for memory in ("float32", "half"):
+        agree([rank[f"{memory}-kernel"] for rank in results], [rank[f"{memory}-loader"] for rank in results])
+    assert all(rank["regenerated"]["held"] == rank["float32-loader"]["held"] for rank in results)

@@ -30,12 +30,14 @@ def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
     Dims: `step` (optimizer updates done; every number of `metrics.jsonl` as a float64 variable), `look` (step of a
     held-out evaluation), `task`, `bound` (low, high). Variables of the looks: `task_reward` (look, task), mean reward
     per held-out task; `held_out` its mean; `gain` over the first look, paired by task, with `gain_interval`, Student's
-    t at `level`; `held_out_entropy`, nat per token; `pass_<k>`. Attributes: `run`, `objective`, `level`, `tasks`.
+    t at `level`; `held_out_entropy`, nat per token; `pass_<k>`. Attributes: `run`, `objective`, `reward_mode` of the
+    tasks trained on (see `reward_mode`), `level`, `tasks`.
 
     Raises `AnalysisError` where a file is missing, damaged, or lacks step 0.
     """
     root = Path(path)
     identity = _json(root / "run.json")
+    configuration = identity.get("configuration", {})
     looks = _lines(root / "evaluations.jsonl")
     lines = _lines(root / "metrics.jsonl")
     if not looks or looks[0].get("step") != 0:
@@ -57,10 +59,8 @@ def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
         coords={"step": np.array(steps, int), "look": np.array(at, int), "bound": ["low", "high"]},
         attrs={
             "run": str(identity.get("id", "")),
-            "objective": str(identity.get("configuration", {}).get("objective", {}).get("name", "")),
-            "reward_mode": str(
-                identity.get("configuration", {}).get("env", {}).get("taskset", {}).get("reward_mode", "verifier")
-            ),
+            "objective": str(configuration.get("objective", {}).get("name", "")),
+            "reward_mode": reward_mode(configuration.get("env", {}).get("taskset", {})),
             "level": level,
             "tasks": int(rewards.shape[1]),
         },
@@ -77,6 +77,11 @@ def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
         if key in found:
             found[key].attrs["units"] = unit
     return found
+
+
+def reward_mode(taskset: Mapping[str, Any]) -> str:
+    """What pays an episode of a taskset with these options (`env.taskset`): `task.reward_mode`, else `verifier`."""
+    return str(taskset.get("task", {}).get("reward_mode", "verifier"))
 
 
 def _is_number(value: Any) -> bool:

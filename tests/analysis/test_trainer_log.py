@@ -11,6 +11,10 @@ from rlvr_landscape_analysis.figures import compare_runs
 from rlvr_landscape_analysis.trainer_log import main, open_training
 from scipy import stats
 
+from rlvr_landscape_plugin.config import TrainConfig
+from rlvr_landscape_plugin.snapshot import open_snapshot
+from rlvr_landscape_plugin.trl.train import Run
+
 
 def write_run(folder, rng, steps=(0, 10, 20), tasks=40, gain=0.02):
     folder.mkdir(parents=True)
@@ -85,3 +89,17 @@ def test_a_line_cut_short_at_the_end_is_passed_over_elsewhere_it_is_named(tmp_pa
         open_training(tmp_path / "a")
     assert main([str(tmp_path / "absent"), "--out", str(tmp_path)]) == 2
     assert "run.json is missing; give the output directory of a training run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("taskset", "expected"),
+    [({}, "verifier"), ({"task": {"reward_mode": "random"}}, "random"), ({"task": {"seed": 3}}, "verifier")],
+)
+def test_what_paid_a_run_is_read_from_the_directory_that_the_trainer_writes(tmp_path, taskset, expected):
+    config = TrainConfig.model_validate({"output": tmp_path / "run", "env": {"taskset": taskset}})
+    run = Run(config, open_snapshot("tiny-sorter"))
+    run.evaluations.append({"step": 0, "reward": 0.4, "entropy": 0.5, "pass_1": 0.1, "task_rewards": [0.3, 0.5]})
+    run.metrics.append({"step": 1, "reward": 0.4, "entropy": 0.5})
+    found = open_training(tmp_path / "run")
+    assert found.attrs["reward_mode"] == expected
+    assert (found.attrs["run"], found.attrs["objective"]) == (run.identity["id"], config.objective.name)

@@ -1,0 +1,197 @@
+"""Names of everything that a sweep or a training run leaves on disk: the one home of each, for writers and readers.
+
+Dimensions, variables with their units, status flags and file names. The plugin writes by this page and the analysis
+reads by it. Touch a name here only with a change in CHANGELOG.md: users' scripts hold these names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+PROMPT, ROLLOUT, BASE_ROLLOUT = "prompt", "rollout", "base_rollout"
+GRID = ("alpha", "beta")
+"""Dimensions of a point in the design `grid`; other designs name their own."""
+PER_TASK = (PROMPT, ROLLOUT)
+"""Dimensions of what is known of each rollout."""
+
+OK, TRUNCATED, ERROR = 0, 1, 2
+"""Values of `status`: a whole rollout, one cut by a length limit, one that failed. Only the last may lack a reward."""
+STATUS_MEANINGS = "ok truncated error"
+"""CF's `flag_meanings` of `status`, in the order of the values."""
+
+SOLVED = 0.99
+"""Reward from which a rollout counts as solved, unless the caller says otherwise."""
+
+Family = Literal["rollout", "completion", "point", "base"]
+"""What a variable is known of: a fresh rollout at a point, a checkpoint completion at a point, a point, a checkpoint
+completion."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of a dataset."""
+
+    family: Family
+    dtype: str
+    """NumPy's short name of the stored type, such as `f4`."""
+    units: str
+    long_name: str
+    comment: str = ""
+    attributes: Mapping[str, Any] = MappingProxyType({})
+    """Further netCDF attributes."""
+    required: bool = True
+    """Whether a point or a base batch without it is refused."""
+
+    def dims(self, point: tuple[str, ...], base_rollout: str = ROLLOUT) -> tuple[str, ...]:
+        """Its dimensions where a point has the dimensions `point`; `base_rollout` names the checkpoint's rollouts."""
+        return {
+            "rollout": (*point, PROMPT, ROLLOUT),
+            "completion": (*point, PROMPT, base_rollout),
+            "point": point,
+            "base": (PROMPT, base_rollout),
+        }[self.family]
+
+    @property
+    def of_point(self) -> bool:
+        """Whether it is measured at each point."""
+        return self.family != "base"
+
+
+_STATUS = MappingProxyType({"flag_values": np.array([OK, TRUNCATED, ERROR], np.int8), "flag_meanings": STATUS_MEANINGS})
+
+SCHEMA: dict[str, Variable] = {
+    "reward": Variable("rollout", "f4", "1", "verifier reward of a fresh rollout"),
+    "kl_k1": Variable(
+        "completion",
+        "f4",
+        "nat",
+        "KL divergence from the checkpoint policy, estimator k1, per checkpoint completion",
+        "sum over sampled tokens of -log rho, rho = pi(alpha, beta) / pi(0, 0); unbiased for D_KL(pi(0,0) || pi)",
+    ),
+    "kl_k3": Variable(
+        "completion",
+        "f4",
+        "nat",
+        "KL divergence from the checkpoint policy, estimator k3, per checkpoint completion",
+        "sum over sampled tokens of rho - 1 - log rho; non-negative, heavy-tailed far from the origin",
+    ),
+    "surrogate": Variable(
+        "completion",
+        "f4",
+        "1",
+        "clipped GRPO objective of a checkpoint completion, summed over its tokens",
+        "sum over tokens of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); "
+        "J = sum(surrogate) / sum(base_tokens)",
+    ),
+    "clip_fraction": Variable(
+        "completion", "f4", "1", "share of a checkpoint completion's tokens where the clip binds"
+    ),
+    "entropy": Variable(
+        "rollout",
+        "f4",
+        "nat",
+        "mean surprisal of a fresh rollout's own tokens, nat per token",
+        "mean over sampled tokens of -log pi(alpha, beta); estimates the token entropy",
+    ),
+    "completion_tokens": Variable("rollout", "i4", "token", "sampled tokens of a fresh rollout, all turns"),
+    "truncated": Variable("rollout", "i1", "1", "whether a length limit cut a fresh rollout (0 or 1)"),
+    "status": Variable(
+        "rollout",
+        "i1",
+        "1",
+        "outcome of a fresh rollout",
+        "reward is missing where the rollout failed",
+        _STATUS,
+    ),
+    "format_failure": Variable(
+        "rollout", "f4", "1", "share of a fresh rollout's turns without the asked-for format", required=False
+    ),
+    "realised_step": Variable(
+        "point",
+        "f8",
+        "1",
+        "relative norm of the weight change that the server really holds",
+        "norm(theta(alpha, beta) - theta) / norm(theta), both after rounding to the server's dtype",
+    ),
+    "seconds_move": Variable("point", "f4", "s", "wall time of moving the weights"),
+    "seconds_sample": Variable("point", "f4", "s", "wall time of the fresh rollouts, rewards included"),
+    "seconds_score": Variable("point", "f4", "s", "wall time of scoring the checkpoint's completions"),
+    "base_reward": Variable("base", "f4", "1", "verifier reward of a checkpoint completion"),
+    "base_status": Variable("base", "i1", "1", "outcome of a checkpoint rollout", "", _STATUS),
+    "base_advantage": Variable("base", "f8", "1", "group-relative advantage of a checkpoint completion"),
+    "base_tokens": Variable("base", "i4", "token", "sampled tokens of a checkpoint completion, all turns"),
+    "base_logprob": Variable(
+        "base",
+        "f8",
+        "nat",
+        "log-probability of a checkpoint completion, re-scored at the origin",
+        "",
+        MappingProxyType({"ancillary_variables": "base_sampled_logprob recheck_logprob"}),
+    ),
+    "base_sampled_logprob": Variable(
+        "base",
+        "f8",
+        "nat",
+        "log-probability of a checkpoint completion as the sampler saw it",
+        "its difference from base_logprob is the numerical noise floor between decoding and scoring",
+    ),
+    "recheck_logprob": Variable(
+        "base", "f8", "nat", "log-probability of a checkpoint completion, scored at the origin after the last point"
+    ),
+    "recheck_max_difference": Variable(
+        "base", "f4", "nat", "largest difference of one token's log-probability between the first and last look"
+    ),
+}
+"""Every variable of a dataset that is measured."""
+
+DISPLACEMENT_NORM = Variable("base", "f8", "1", "norm of the checkpoint's displacement from snapshot 0, ‖θ_t − θ_0‖")
+"""A scalar: it has no dimension."""
+DISPLACEMENT_RADIUS = Variable(
+    "point",
+    "f8",
+    "1",
+    "norm of the weight change in units of the checkpoint's displacement from snapshot 0",
+    "realised_step * norm(theta) / displacement_norm",
+)
+
+JOURNAL_FILE, BASE_FILE, RECHECK_FILE = "journal.json", "base.nc", "recheck.nc"
+POINTS_FOLDER, TRACES_FOLDER = "points", "traces"
+"""Inside a journal: one file per point, and its conversations."""
+DIRECTIONS_FOLDER = "directions"
+"""Inside a sweep's output: the directions that servers do not draw themselves."""
+RUN_FILE, METRICS_FILE, EVALUATIONS_FILE = "run.json", "metrics.jsonl", "evaluations.jsonl"
+SNAPSHOTS_FOLDER = "snapshots"
+"""Inside a training run's output."""
+
+LANDSCAPE_FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
+"""Dataset of one snapshot and slice of the design `grid`: step and seed of the slice."""
+GRID_JOURNAL = re.compile(r"step(\d+)_slice(-?\d+)$")
+"""Its journal's directory."""
+GRID_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+)?\.nc")
+"""A point in that journal, and a portion of one."""
+
+
+def grid_name(step: int, slice_seed: int) -> str:
+    """Name of the journal of one snapshot and slice of the design `grid`."""
+    return f"step{step:06d}_slice{slice_seed}"
+
+
+def design_name(step: int, design: str) -> str:
+    """Name of the journal of one snapshot and another design."""
+    return f"step{step:06d}_{design}"
+
+
+def landscape_file(step: int, slice_seed: int) -> str:
+    """Name of the dataset of one snapshot and slice of the design `grid`."""
+    return f"landscape_{grid_name(step, slice_seed)}.nc"
+
+
+def design_file(step: int, design: str) -> str:
+    """Name of the dataset of one snapshot and another design."""
+    return f"{design}_step{step:06d}.nc"

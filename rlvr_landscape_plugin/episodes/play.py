@@ -5,8 +5,8 @@ them; only the agent is ours. It runs its chat loop in this process and sends to
 server, so that a turn costs no process and no re-tokenisation: the prompt of a later turn is the tokens of the earlier
 ones as sampled, followed by what the chat template puts between them.
 
-What such an agent cannot honour (tools, containers, request hooks, a reward that needs a runtime) is refused when the
-taskset is opened, never skipped. verifiers is imported inside functions: `--help` must not wait for it.
+What such an agent cannot honour is refused when the taskset is opened (`tasksets.py`). verifiers is imported inside
+functions: `--help` must not wait for it.
 """
 
 from __future__ import annotations
@@ -16,32 +16,25 @@ import contextlib
 import copy
 import functools
 import gc
-import hashlib
 import inspect
-import itertools
 import json
-import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from rlvr_landscape_plugin.errors import ServerError, SnapshotError, TasksetError
+from rlvr_landscape_plugin.episodes.chat import ChatFormat
+from rlvr_landscape_plugin.episodes.rollouts import ERROR, OK, TRUNCATED, Rollout, segments_of
+from rlvr_landscape_plugin.errors import ServerError, TasksetError
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
 
     from rlvr_landscape_plugin.serving.client import Completion
-
-OK, TRUNCATED, ERROR = 0, 1, 2
-"""Rollout status, as in the dataset: finished, cut by a length limit, failed."""
-
-_MARK = "RLVRLANDSCAPEMARK"
 
 
 class TurnSampler(Protocol):
@@ -50,186 +43,6 @@ class TurnSampler(Protocol):
     async def generate(self, prompt: Sequence[int] | np.ndarray, seed: int, max_tokens: int) -> Completion:
         """Sample one turn."""
         ...
-
-
-def sampling_seed(seed: int, stream: str, prompt: int, rollout: int, turn: int) -> int:
-    """The sampler's seed of one turn, in [0, 2^63): a pure function of where the turn stands.
-
-    The same at every grid point, so that neighbouring policies share their randomness (common random numbers).
-    """
-    text = f"{seed}/{stream}/{prompt}/{rollout}/{turn}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-class ChatFormat:
-    """Chat messages → token ids, by the policy's own tokenizer and chat template."""
-
-    def __init__(self, policy: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise SnapshotError(f"{policy} has no usable tokenizer: {error}") from error
-        if not self.tokenizer.chat_template:
-            raise SnapshotError(f"the tokenizer in {policy} has no chat template; the policy must be a chat model")
-        self.opening = lru_cache(maxsize=65536)(self._opening)
-        self.bridge = lru_cache(maxsize=65536)(self._bridge)
-
-    def _opening(self, conversation: str) -> list[int]:
-        """Token ids of a first prompt, generation prompt included. `conversation`: JSON of the chat messages."""
-        text = self._render(json.loads(conversation))
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def _bridge(self, messages: str) -> list[int]:
-        """Token ids between a sampled reply and the next one: end of turn, `messages`, generation prompt."""
-        text = self._render(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}, *json.loads(messages)]
-        )
-        _, found, rest = text.rpartition(_MARK)
-        if not found:
-            raise SnapshotError("the chat template drops assistant messages; multi-turn tasks need them")
-        return self.tokenizer.encode(rest, add_special_tokens=False)
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def extend(self, prompt: list[int], completion: Completion, messages: str) -> list[int]:
-        """The next prompt: what the model saw and said, token for token, then `messages`."""
-        bridge = self.bridge(messages)
-        sampled = completion.tokens.tolist()
-        # The sampled end-of-turn token is the template's own; after a cut reply the template must close it.
-        if completion.finish == "stop" and sampled and bridge and sampled[-1] == bridge[0]:
-            bridge = bridge[1:]
-        return [*prompt, *sampled, *bridge]
-
-    def text(self, completion: Completion) -> str:
-        """The reply as the environment reads it."""
-        return self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
-
-
-@dataclass
-class Segment:
-    """One token sequence of a rollout and which of its tokens the policy sampled."""
-
-    tokens: np.ndarray
-    """int32, whole sequence."""
-    sampled: np.ndarray
-    """bool, same length."""
-    logprobs: np.ndarray
-    """float32, log π of the sampled tokens as the sampler saw them, nat, length `sampled.sum()`."""
-
-
-@dataclass
-class Rollout:
-    """What remains of one episode."""
-
-    reward: float
-    """Sum of the task's weighted rewards; NaN when `status` is ERROR."""
-    status: int
-    segments: list[Segment]
-    error: str | None = None
-    format_failure: float | None = None
-    """The taskset's metric of that name, where it has one: share of replies without the asked-for format."""
-    trace: Any = None
-    """The verifiers trace, when asked to keep it."""
-
-    @property
-    def completion_tokens(self) -> int:
-        """Sampled tokens over all turns."""
-        return sum(int(segment.sampled.sum()) for segment in self.segments)
-
-    @property
-    def sampled_logprobs(self) -> np.ndarray:
-        """float32, all sampled tokens in order."""
-        parts = [segment.logprobs for segment in self.segments]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-
-
-def open_environment(env_id: str, taskset: dict[str, Any]) -> vf.Env:
-    """The verifiers environment behind a taskset id, checked for what an in-process agent can honour.
-
-    Raises `TasksetError` for an unknown id, refused options, and whatever needs more than a chat loop.
-    """
-    from pydantic import ValidationError
-    from verifiers.v1.env import EnvConfig
-    from verifiers.v1.utils.generic import concrete_type
-    from verifiers.v1.utils.loaders import environment_class
-
-    logging.getLogger("verifiers").setLevel(logging.ERROR)
-    try:
-        cls = environment_class(env_id)
-        config_cls = concrete_type(cls, EnvConfig) or EnvConfig
-        config = config_cls.model_validate(
-            {"taskset": {"id": env_id, **taskset}, "agent": {"runtime": {"type": "subprocess"}}}
-        )
-        env = cls(config)
-    except ModuleNotFoundError as error:
-        raise TasksetError(f"taskset {env_id!r} (env.id) is not installed: {error}") from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset): {problems}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise TasksetError(f"taskset {env_id!r} (env.id) cannot be opened: {error}") from error
-    names = [name for name, value in env.config if type(value).__name__.endswith("AgentConfig")]
-    if names != ["agent"]:
-        raise TasksetError(f"taskset {env_id!r} plays agents {names}; a sweep measures one policy, a single `agent`")
-    if env.taskset.toolsets(env.taskset.config):
-        raise TasksetError(f"taskset {env_id!r} serves tools; sweeps drive tool-less chat tasksets")
-    caps = ("max_input_tokens", "max_output_tokens", "max_total_tokens")
-    for cap in caps:
-        if getattr(env.config.agent, cap, None) is not None:
-            raise TasksetError(f"taskset {env_id!r} sets agent.{cap}, which sweeps do not enforce; unset it")
-    return env
-
-
-def load_tasks(env: vf.Env, count: int) -> list[vf.Task]:
-    """The first `count` tasks, each checked. Raises `TasksetError` when there are fewer, none, or one is unfit."""
-    name = type(env.taskset).__name__
-    try:
-        tasks = list(itertools.islice(iter(env.taskset), count))
-    except (ValueError, TypeError, OSError, KeyError) as error:
-        raise TasksetError(f"{name} failed to load its tasks: {error}") from error
-    if not tasks:
-        raise TasksetError(f"{name} is empty: it yields no task with these options")
-    if len(tasks) < count:
-        raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower env.num_prompts")
-    _check_task(tasks[0], name)
-    return tasks
-
-
-def _check_task(task: vf.Task, name: str) -> None:
-    from verifiers.v1.session import hook_boundary
-    from verifiers.v1.task import Task
-    from verifiers.v1.trace import Trace
-    from verifiers.v1.utils.decorators import discover_decorated
-
-    def wants_runtime(function: Callable[..., Any]) -> bool:
-        parameter = inspect.signature(function).parameters.get("runtime")
-        return parameter is not None and parameter.default is inspect.Parameter.empty
-
-    scorers = [*task.hooks("reward"), *task.hooks("metric"), *(judge.score for judge in task.plugged_judges())]
-    problems = [f"{fn.__name__}() needs a runtime" for fn in scorers if wants_runtime(fn)]
-    problems += [
-        f"it overrides {hook}()"
-        for hook in ("setup", "finalize")
-        if getattr(type(task), hook) is not getattr(Task, hook)
-    ]
-    if task.NEEDS_CONTAINER or task.data.image is not None:
-        problems.append("it needs a container")
-    if task.toolsets(task.config):
-        problems.append("it serves tools")
-    if discover_decorated(task, "intercept"):
-        problems.append("it intercepts model requests")
-    if any(hook_boundary(fn, allow_trace=True) is not Trace for fn in task.hooks("stop")):
-        problems.append("it stops on requests or responses")
-    if problems:
-        raise TasksetError(f"tasks of {name} need more than an in-process chat loop: {', '.join(problems)}")
-
-
-def prompts_hash(tasks: Sequence[vf.Task]) -> str:
-    """SHA-256 over the content hashes of the tasks, in order."""
-    return hashlib.sha256("\n".join(task.hash for task in tasks).encode()).hexdigest()
 
 
 @dataclass
@@ -310,7 +123,7 @@ class EpisodeRunner:
                 await self._finalize(task, trace)
             except Exception as problem:
                 error = f"{type(problem).__name__}: {problem}"
-        segments = _segments(trace) if trace is not None else []
+        segments = segments_of(trace) if trace is not None else []
         kept = trace if self.keep_traces else None
         if trace is None or error is not None:
             return Rollout(float("nan"), ERROR, segments, error, trace=kept)
@@ -536,23 +349,3 @@ def _wire(message: Any) -> dict[str, str]:
     if not isinstance(message.content, str):
         raise TasksetError(f"a {message.role} message has non-text content; sweeps drive text-only tasksets")
     return {"role": message.role, "content": message.content}
-
-
-def _segments(trace: Any) -> list[Segment]:
-    """Each branch as one token sequence; a sampled token shared by branches counts in the first only."""
-    segments, counted = [], set()
-    for branch in trace.branches:
-        tokens: list[int] = []
-        sampled: list[bool] = []
-        logprobs: list[float] = []
-        for node in branch.nodes:
-            first = id(node) not in counted
-            counted.add(id(node))
-            tokens += node.token_ids
-            sampled += node.mask if first else [False] * len(node.mask)
-            logprobs += node.logprobs if first else []
-        if any(sampled):
-            segments.append(
-                Segment(np.asarray(tokens, np.int32), np.asarray(sampled, bool), np.asarray(logprobs, np.float32))
-            )
-    return segments

@@ -29,8 +29,8 @@ from rlvr_landscape_plugin.errors import LandscapeError, StoreError
 STALE_SECONDS = 3600.0
 """Age at which a temporary file has certainly lost its writer."""
 
-POINTS_ARE_SAFE = "finished points are safe, run the same command again"
-"""What a sweep says about a disk that refuses."""
+POINTS_ARE_SAFE = "finished points are safe"
+"""What a sweep says is safe when a disk refuses."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _LEAST_FREE = 2**16
@@ -51,9 +51,10 @@ def file_sha256(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path, safe: str = POINTS_ARE_SAFE) -> Iterator[None]:
-    """Turn a disk that refuses, within the block, into a `StoreError`: `path`, the reason, and then `safe`.
+def writing(path: Path, safe: str = POINTS_ARE_SAFE, advice: str = "") -> Iterator[None]:
+    """Turn a disk that refuses, within the block, into a `StoreError`: `path`, the reason, what is safe, what to do.
 
+    `advice`: what to do where the disk is not full, in the place of running the same command again.
     Errors of this package pass unchanged, and so does every error that does not come from the disk.
     """
     try:
@@ -61,8 +62,9 @@ def writing(path: Path, safe: str = POINTS_ARE_SAFE) -> Iterator[None]:
     except Exception as error:
         if (reason := _refusal(path, error)) is None:
             raise
-        full = reason.startswith("the disk is full")
-        raise StoreError(f"cannot write {path}: {reason}; {safe}{' when there is room' if full else ''}") from error
+        again = "run the same command again"
+        todo = f"{again} when there is room" if reason.startswith("the disk is full") else advice or again
+        raise StoreError(f"cannot write {path}: {reason}; {safe}, {todo}") from error
 
 
 def _refusal(path: Path, error: Exception) -> str | None:
@@ -74,9 +76,10 @@ def _refusal(path: Path, error: Exception) -> str | None:
     if library and not _LIBRARY_REFUSAL.search(str(error)):
         return None
     folder = next((place for place in (path, *path.parents) if place.is_dir()), Path())
-    free = shutil.disk_usage(folder).free
-    if number in _FULL or free < _LEAST_FREE or "No space left" in str(error):
-        return f"the disk is full ({free:,} bytes free): {error}"
+    disk = shutil.disk_usage(folder)
+    crowded = disk.total > 0 and disk.free < _LEAST_FREE  # /proc and the like have no size at all
+    if number in _FULL or crowded or "No space left" in str(error):
+        return f"the disk is full ({disk.free:,} bytes free): {error}"
     return str(error)
 
 
@@ -133,7 +136,7 @@ def publish_directory(path: Path, fill: Callable[[Path], object], *, safe: str =
     directories are made, and temporary directories beside `path` whose writer was killed are removed. Raises
     `StoreError` ending in `safe` for a disk that refuses; other errors of `fill` pass. Nothing temporary is left.
     """
-    with writing(path, safe):
+    with writing(path, safe, "choose another output directory"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

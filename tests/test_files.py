@@ -129,7 +129,7 @@ def test_a_full_disk_at_any_step_is_named_and_leaves_nothing(tmp_path, monkeypat
         (RuntimeError("NetCDF: HDF error"), "NetCDF: HDF error; training states are kept"),
         (
             OSError(errno.EROFS, "Read-only file system"),
-            r"\[Errno 30\] Read-only file system; training states are kept$",
+            r"\[Errno 30\] Read-only file system; training states are kept, run the same command again$",
         ),
         (Exception("I/O error: No space left on device (os error 28)"), "the disk is full .*; training states are"),
     ],

@@ -16,11 +16,11 @@ from rlvr_landscape_plugin.config.sweep import (
     SurrogateConfig,
     SweepConfig,
     TrainConfig,
-    digest,
     dry_run_report,
     load_config,
     train_report,
 )
+from rlvr_landscape_plugin.files import digest
 
 __all__ = [
     "AxisConfig",

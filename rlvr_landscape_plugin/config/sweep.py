@@ -7,7 +7,6 @@ imports neither torch nor vllm nor verifiers, so `--help` and mistakes answer at
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
 import re
@@ -340,11 +339,6 @@ class LaunchConfig(StrictConfig):
     """Directories that the server may read snapshots from; default: the one that holds `model`."""
     server: ServerConfig = ServerConfig()
     """How it runs; `urls` is not used."""
-
-
-def digest(data: Any) -> str:
-    """SHA-256 of the canonical JSON of `data`."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 _Config = TypeVar("_Config", bound=StrictConfig)

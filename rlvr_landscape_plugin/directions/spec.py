@@ -16,10 +16,6 @@ import fnmatch
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,14 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlvr_landscape_plugin.config import DirectionConfig, SliceConfig, digest
+from rlvr_landscape_plugin.config import DirectionConfig, SliceConfig
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError, StoreError
+from rlvr_landscape_plugin.files import digest, file_sha256, publish_directory
 from rlvr_landscape_plugin.schedule import format_schedule
 from rlvr_landscape_plugin.snapshot import (
     Snapshot,
     TensorInfo,
     compare_tensors,
-    file_sha256,
     find_snapshots,
     open_snapshot,
     read_tensor,
@@ -50,8 +46,6 @@ GENERATOR = "numpy-philox-sha256-v1"
 Axis = Literal["alpha", "beta"]
 AXES: tuple[Axis, Axis] = ("alpha", "beta")
 Normalization = Literal["none", "tensor", "filter", "global"]
-STALE_SECONDS = 3600.0
-"""Age at which a temporary directory has certainly lost its writer."""
 _BLOCK = 2**20
 """Elements of each snapshot that the principal components' products handle at once."""
 
@@ -451,37 +445,17 @@ class _Direction:
         return asdict(other) | (drawn if self.spec.drawn("alpha") else {})
 
     def _write(self, home: Path, definition: dict[str, Any]) -> None:
-        try:
-            home.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in home.parent.glob(".*.tmp"):
-                if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
-                    shutil.rmtree(leftover, ignore_errors=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{home.name}.", suffix=".tmp", dir=home.parent))
-        except OSError as error:
-            raise StoreError(f"cannot write {home}: {error}; choose another output directory") from error
-        try:
-            norm = self._fill(scratch / "direction.safetensors")
+        def fill(folder: Path) -> None:
+            norm = self._fill(folder / "direction.safetensors")
             facts = {
                 "definition": definition,
-                "sha256": file_sha256(scratch / "direction.safetensors"),
+                "sha256": file_sha256(folder / "direction.safetensors"),
                 "norm": norm,
                 "words": self._in_words(norm),
             }
-            (scratch / "direction.json").write_text(json.dumps(facts, indent=1) + "\n")
-            for path in (*scratch.iterdir(), scratch):
-                _sync(path)
-            scratch.chmod(0o755)  # mkdtemp's are for the owner only; a server may run as somebody else
-            try:
-                os.rename(scratch, home)
-            except OSError:
-                if not home.is_dir():  # otherwise another process was first
-                    raise
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {home}: {error}; finished points are safe, run the same command again"
-            ) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            (folder / "direction.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+        publish_directory(home, fill)
 
     def _in_words(self, norm: float) -> str:
         parts = [self.words]
@@ -601,11 +575,3 @@ def _read_facts(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise StoreError(f"{file} is damaged ({error}); remove {file.parent} and run again") from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,5 +1,6 @@
 """A saved policy on disk. `python -m rlvr_landscape_plugin.snapshot ls|verify DIR`."""
 
+from rlvr_landscape_plugin.files import file_sha256
 from rlvr_landscape_plugin.snapshot.snapshot import (
     MANIFEST,
     SHIPPED,
@@ -7,7 +8,6 @@ from rlvr_landscape_plugin.snapshot.snapshot import (
     Snapshot,
     TensorInfo,
     compare_tensors,
-    file_sha256,
     find_snapshots,
     main,
     open_snapshot,

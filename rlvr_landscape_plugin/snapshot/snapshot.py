@@ -18,10 +18,7 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -31,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from rlvr_landscape_plugin.errors import SnapshotError, run_cli
+from rlvr_landscape_plugin.files import file_sha256, publish_directory
 
 SHIPPED = {"tiny-sorter": Path(__file__).parents[1] / "policies" / "tiny_sorter"}
 """Policies that come with the package, by the name a configuration uses."""
@@ -173,12 +171,6 @@ class Snapshot:
         if self.manifest is not None and self.manifest.files:
             _compare(file, found, self.manifest.files[file.relative_to(self.path).as_posix()]["sha256"])
         return bytes.fromhex(found)
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _compare(file: Path, found: str, expected: str) -> None:
@@ -324,41 +316,20 @@ def write_snapshot(root: Path, manifest: Manifest, fill: Callable[[Path], None])
     otherwise `SnapshotError` names the first difference.
     """
     target = root / snapshot_name(manifest.step)
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=root))
-    try:
-        fill(scratch)
-        files = {
-            name: {"sha256": file_sha256(scratch / name), "size": (scratch / name).stat().st_size}
-            for name in _contents(scratch)
-        }
+    files: dict[str, dict[str, str | int]] = {}
+
+    def fill_and_describe(folder: Path) -> None:
+        fill(folder)
+        for name in _contents(folder):
+            files[name] = {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
         content = {"format": _FORMAT, **asdict(manifest), "files": files}
-        (scratch / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-        open_snapshot(scratch)  # what cannot be read back must not get a name
-        for file in [*(scratch / name for name in [*files, MANIFEST]), scratch]:
-            _sync(file)
-        scratch.chmod(0o755)  # mkdtemp's are for the owner only; a server may run as somebody else
-        if not target.exists():
-            try:
-                os.rename(scratch, target)
-            except OSError:
-                if not target.is_dir():
-                    raise
-            else:
-                _sync(root)
-                return target
+        (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+        open_snapshot(folder)  # what cannot be read back must not get a name
+
+    safe = "snapshots that exist are safe"
+    if not publish_directory(target, fill_and_describe, safe=safe):
         _same_files(target, files)
-        return target
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return target
 
 
 def _same_files(target: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
+from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError, StoreError
 from rlvr_landscape_plugin.schedule import format_schedule, parse_schedule
 from rlvr_landscape_plugin.snapshot import (
     MANIFEST,
@@ -200,7 +200,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     def no_weights(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
 
-    for broken, error in ((fail, OSError), (no_weights, SnapshotError)):
+    for broken, error in ((fail, StoreError), (no_weights, SnapshotError)):
         with pytest.raises(error):
             write_snapshot(tmp_path, MANIFEST_10, broken)
         assert list(tmp_path.iterdir()) == []

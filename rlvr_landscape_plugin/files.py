@@ -23,6 +23,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rlvr_landscape_plugin.errors import LandscapeError, StoreError
 
@@ -197,15 +198,17 @@ def move_aside(path: Path, reason: str, consequence: str = "will be measured aga
     warnings.warn(f"{path} was moved to {aside.name} and {consequence}: {reason}", stacklevel=4)
 
 
-def read_checked_json(path: Path, key: str) -> dict[str, object] | list[object] | None:
+def read_checked_json(path: Path, key: str) -> dict[str, Any] | None:
     """The content of a JSON file whose `sha256` is `digest` of what stands under `key`, or None where there is no file.
 
-    A list, which older versions wrote without a checksum, is returned as it is. A damaged file is moved aside with a
+    A list, which older versions wrote without a checksum, is returned under `key`. A damaged file is moved aside with a
     warning, and None is returned. Raises `StoreError` where the system does not let the file be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, list) or digest(content[key]) == content["sha256"]:
+        if isinstance(content, list):
+            return {key: content}
+        if digest(content[key]) == content["sha256"]:
             return content
         reason = "its content is not what its checksum says"
     except FileNotFoundError:

@@ -234,6 +234,8 @@ def test_json_with_a_checksum(tmp_path):
     path.write_text(json.dumps(content))
     assert read_checked_json(path, "record") == content
     changed = json.dumps(content | {"record": {"a": 1.6}})
+    path.write_text("[1, 2]")
+    assert read_checked_json(path, "record") == {"record": [1, 2]}, "older versions wrote lists without a checksum"
     for damaged in (changed, "{", '{"sha256": ""}', "3", "\xff"):
         path.write_bytes(damaged.encode("latin-1"))
         with pytest.warns(UserWarning, match="will be measured again"):

@@ -15,19 +15,12 @@ never meet in one dataset. Nothing here deletes a measurement; files that cannot
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import errno
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import time
-import uuid
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +28,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_plugin.config import digest
 from rlvr_landscape_plugin.errors import StoreError
+from rlvr_landscape_plugin.files import (
+    digest,
+    move_aside,
+    publish,
+    read_checked_json,
+    remove_stale,
+    replace_text,
+    writing,
+)
 
 POINT = ("alpha", "beta")
 CELL = ("prompt", "rollout")
@@ -45,8 +46,6 @@ Cell = tuple[int, int]
 """Grid indices (i, j) of a point."""
 ERROR = 2
 """Value of `status` for a rollout that failed; only such a rollout may lack a reward."""
-STALE_SECONDS = 3600.0
-"""Age at which a temporary file has certainly lost its writer."""
 
 
 @dataclass(frozen=True)
@@ -195,14 +194,15 @@ class Journal:
         self.identity = identity
         self._base_sha256: str | None = None
         self._prompts = 0
-        with _Disk(self.root):
+        with writing(self.root):
             (self.root / "points").mkdir(parents=True, exist_ok=True)
-        _remove_stale(self.root)
+        remove_stale(self.root)
+        remove_stale(self.root / "points")
         path = self.root / "journal.json"
         # The axes are written out: a configuration alone does not say which coordinates it became.
         asked = {**identity, "axes": {"alpha": self.alphas.tolist(), "beta": self.betas.tolist()}}
         if not path.exists():
-            _publish(path, lambda scratch: scratch.write_text(json.dumps(asked, indent=1, sort_keys=True)))
+            publish(path, lambda scratch: scratch.write_text(json.dumps(asked, indent=1, sort_keys=True)))
         try:
             stored = json.loads(path.read_text())
         except ValueError as error:
@@ -280,7 +280,7 @@ class Journal:
         except _DamagedError as error:
             reason = str(error)
         if reason:
-            _move_aside(path, reason)
+            move_aside(path, reason)
         return not reason
 
     def _unfit(self, path: Path, point: xr.Dataset) -> str:
@@ -338,7 +338,7 @@ class Journal:
             recheck, reason = None, str(error)
         if not reason:
             return recheck
-        _move_aside(path, reason)
+        move_aside(path, reason)
         return None
 
     def write_facts(self, name: str, facts: list[dict[str, Any]]) -> None:
@@ -348,9 +348,8 @@ class Journal:
 
     def read_facts(self, name: str) -> list[dict[str, Any]] | None:
         """What `write_facts` wrote, or None. A damaged file is moved aside."""
-        content = _checked_json(self.root / name, "servers")
-        # A list was written without a checksum.
-        return content if content is None or isinstance(content, list) else content["servers"]
+        content = read_checked_json(self.root / name, "servers")
+        return None if content is None else content["servers"]
 
     def write_point(self, i: int, j: int, point: xr.Dataset, prompts: range | None = None) -> None:
         """Keep a finished point, dims (prompt, rollout) and per-point scalars; an existing one stays.
@@ -401,7 +400,7 @@ class Journal:
         data = data.assign_attrs(sha256=_checksum(data))
         stored = {"zlib": True, "complevel": 1, "fletcher32": True}
         encoding = {name: stored for name in data.data_vars if data[name].size > 1}
-        _publish(path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding))
+        publish(path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding))
 
     @property
     def full(self) -> Rectangle:
@@ -445,6 +444,7 @@ class Journal:
         left as it is; one that holds less is replaced by the whole. Raises `StoreError` when points are missing or
         `out` belongs to something else.
         """
+        remove_stale(out.parent)
         if self.holds(out, part):
             return out
         part = part or self.full
@@ -457,7 +457,7 @@ class Journal:
             raise StoreError(f"{self.root} lacks {what}; run the same sweep again to finish it")
         base, recheck = (data.isel(prompt=slice(part.prompts)) for data in (base, recheck))
         facts, notes = dict(attributes), notes or Annotations()
-        _publish(out, lambda scratch: self._fill(scratch, part, base, recheck, facts, notes), replace=out.exists())
+        publish(out, lambda scratch: self._fill(scratch, part, base, recheck, facts, notes), replace=out.exists())
         return out
 
     def _fill(
@@ -521,42 +521,6 @@ class Journal:
             )
 
 
-class _Disk:
-    """Turns a full or read-only disk into a `StoreError` that says what is safe."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, (OSError, RuntimeError)) or isinstance(error, StoreError):
-            return
-        folder = next((p for p in (self._path, *self._path.parents) if p.is_dir()), Path())
-        free = shutil.disk_usage(folder).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < 2**16
-        what = f"the disk is full ({free:,} bytes free)" if full else str(error)
-        raise StoreError(
-            f"cannot write {self._path}: {what}; "
-            "finished points are safe, run the same command again when there is room"
-        ) from error
-
-
-def replace_text(path: Path, parts: Iterable[str]) -> None:
-    """Write `parts` under a temporary name and rename it to `path`. Raises `StoreError` for a disk that refuses."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _Disk(path):
-            path.parent.mkdir(exist_ok=True)
-            with scratch.open("w") as sink:
-                sink.writelines(parts)
-            os.replace(scratch, path)
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
-
-
 _POINT_FILE = re.compile(r"a(\d{3,})_b(\d{3,})(?:_p(\d{5,})-(\d{5,}))?\.nc")
 
 
@@ -579,52 +543,10 @@ def _joined(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     return whole
 
 
-def _checked_json(path: Path, key: str) -> Any:
-    """A JSON file whose `sha256` is that of what stands under `key`, or None. A damaged one is moved aside."""
-    try:
-        content = json.loads(path.read_text())
-        if isinstance(content, list) or digest(content[key]) == content["sha256"]:
-            return content
-        reason = "its content is not what its checksum says"
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    _move_aside(path, reason)
-    return None
-
-
-def _publish(path: Path, write: Callable[[Path], Any], replace: bool = False) -> None:
-    """Write under a temporary name, sync, and link to `path`; a whole file that is there stays, unless `replace`."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with _Disk(path):
-            write(scratch)
-            _sync(scratch)
-            try:
-                if replace:
-                    os.replace(scratch, path)
-                else:
-                    os.link(scratch, path)
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links
-                if not path.exists():
-                    os.rename(scratch, path)
-            _sync(path.parent)
-    finally:
-        with contextlib.suppress(OSError):  # a read-only disk would hide the first error
-            scratch.unlink(missing_ok=True)
-
-
 def keep_record(path: Path, identity: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """Keep what was found out once for several slices; returns what is kept: another process's if that was first."""
     content = {"record": record, "sha256": digest(record), "identity": digest(identity)}
-    with _Disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    _publish(path, lambda scratch: scratch.write_text(json.dumps(content, indent=1, sort_keys=True)))
+    publish(path, lambda scratch: scratch.write_text(json.dumps(content, indent=1, sort_keys=True)))
     kept = read_record(path, identity)
     if kept is None:
         raise StoreError(f"{path} vanished while it was written; run the same command again")
@@ -633,10 +555,10 @@ def keep_record(path: Path, identity: Mapping[str, Any], record: dict[str, Any])
 
 def read_record(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `keep_record` kept, or None. A damaged file is moved aside, one of another sweep a `StoreError`."""
-    content = _checked_json(path, "record")
+    content = read_checked_json(path, "record")
     if content is None:
         return None
-    if content["identity"] != digest(identity):
+    if content.get("identity") != digest(identity):
         raise StoreError(f"{path} belongs to a sweep of another configuration; choose another output directory")
     return content["record"]
 
@@ -675,17 +597,6 @@ def _contents(path: Path) -> xr.Dataset:
     return data
 
 
-def _move_aside(path: Path, reason: str) -> None:
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.corrupt")
-    try:
-        os.replace(path, aside)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StoreError(f"{path} is of no use ({reason}) and cannot be moved aside: {error}") from error
-    warnings.warn(f"{path} was moved to {aside.name} and will be measured again: {reason}", stacklevel=4)
-
-
 def _wrong_shape(data: xr.Dataset, families: tuple[tuple[str, ...], ...], skip: str = "\0") -> str:
     """What in a file of points or of the base batch breaks `SCHEMA`; empty if nothing does."""
     sizes = {dim: data.sizes.get(dim, 0) for dim in CELL}
@@ -722,24 +633,6 @@ def _checksum(data: xr.Dataset) -> str:
     """SHA-256 over values and attributes but the one that holds it."""
     attributes = {name: str(value) for name, value in data.attrs.items() if name != "sha256"}
     return digest([_content_digest(data), attributes])
-
-
-def _remove_stale(root: Path) -> None:
-    """Remove temporary files that a killed writer left behind long ago."""
-    for scratch in (*root.glob(".*.tmp"), *(root / "points").glob(".*.tmp")):
-        try:
-            if time.time() - scratch.stat().st_mtime > STALE_SECONDS:
-                scratch.unlink(missing_ok=True)
-        except OSError:
-            continue
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _create(file: Any, name: str, variable: Variable, sizes: Mapping[Any, int]) -> Any:

@@ -1,5 +1,6 @@
 """Every table of the configuration: typed, documented, unknown keys refused. Imports neither torch nor vllm."""
 
+from rlvr_landscape_plugin.config.base import StrictConfig, load_config
 from rlvr_landscape_plugin.config.sweep import (
     AxisConfig,
     DirectionConfig,
@@ -7,17 +8,20 @@ from rlvr_landscape_plugin.config.sweep import (
     FindRangeConfig,
     GridConfig,
     LaunchConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
     SamplingConfig,
     ServerConfig,
     SliceConfig,
-    StrictConfig,
     SurrogateConfig,
     SweepConfig,
-    TrainConfig,
     dry_run_report,
-    load_config,
+)
+from rlvr_landscape_plugin.config.train import (
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReferenceConfig,
+    TrainConfig,
+    TrainEnvConfig,
     train_report,
 )
 from rlvr_landscape_plugin.files import digest
@@ -26,11 +30,13 @@ __all__ = [
     "AxisConfig",
     "DirectionConfig",
     "EnvConfig",
+    "EvaluationConfig",
     "FindRangeConfig",
     "GridConfig",
     "LaunchConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ReferenceConfig",
     "SamplingConfig",
     "ServerConfig",
     "SliceConfig",
@@ -38,6 +44,7 @@ __all__ = [
     "SurrogateConfig",
     "SweepConfig",
     "TrainConfig",
+    "TrainEnvConfig",
     "digest",
     "dry_run_report",
     "load_config",

@@ -4,13 +4,12 @@ Needs neither torch nor vllm nor verifiers. Importing it registers the accessor 
 """
 
 from rlvr_landscape_analysis.accessor import LandscapeAccessor
+from rlvr_landscape_analysis.datasets import open_landscape, open_run
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import (
     difference_from_origin,
     entropy,
     kl,
-    open_landscape,
-    open_run,
     pass_at_k,
     per_prompt,
     point_mean,

@@ -8,6 +8,7 @@ from typing import Any
 import xarray as xr
 
 from rlvr_landscape_analysis import landscape as _landscape
+from rlvr_landscape_analysis.datasets import check_landscape
 
 
 @xr.register_dataset_accessor("landscape")
@@ -89,7 +90,7 @@ class LandscapeAccessor:
         return quadratic_fit(self._data, **options)
 
     def _variable(self, name: str) -> xr.DataArray:
-        _landscape.check_landscape(self._data)
+        check_landscape(self._data)
         if name not in self._data:
             from rlvr_landscape_analysis.errors import AnalysisError
 

@@ -1,195 +1,24 @@
-"""Reading landscape datasets and reducing their rollouts. Pure functions on labelled arrays; nothing is written.
+"""Quantities of a landscape, from its rollouts. Pure functions on labelled arrays; nothing is read or written.
 
-Two forms of one landscape are accepted everywhere: the dataset as the sweep wrote it, dims (alpha, beta, prompt,
-rollout), and its reduction by `per_prompt`, dims (alpha, beta, prompt), which is sixteen times smaller and all that
-the statistics need. Statistics treat prompts as the independent units (Miller 2024, arXiv 2411.00640).
+Each accepts the raw dataset, dims (alpha, beta, prompt, rollout), or its reduction by `per_prompt`, dims (alpha, beta,
+prompt). Statistics treat prompts as the independent units (Miller 2024, arXiv 2411.00640).
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from rlvr_landscape_analysis.datasets import POINT, check_landscape, is_reduced
 from rlvr_landscape_analysis.errors import AnalysisError
 
-CELL = ("prompt", "rollout")
-POINT = ("alpha", "beta")
-NEEDED = ("reward", "kl_k1")
 THRESHOLD = 0.99
 """Reward from which a rollout counts as solved (SPEC §4: pass@k)."""
 
-_FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
-_JOURNAL = re.compile(r"step(\d+)_slice(-?\d+)$")
-_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+)?\.nc")
 _AVERAGED = ("reward", "kl_k1", "kl_k3", "surrogate", "entropy", "completion_tokens", "truncated", "clip_fraction")
 _OPTIONAL = ("format_failure",)
-
-
-@dataclass(frozen=True)
-class RunFile:
-    """One finished dataset of a run."""
-
-    path: Path
-    step: int
-    slice_seed: int
-
-
-def open_landscape(path: str | Path) -> xr.Dataset:
-    """One dataset as the sweep wrote it, lazily.
-
-    Raises `AnalysisError` naming file and variable when it is not a landscape.
-    """
-    try:
-        data = xr.open_dataset(path, engine="netcdf4")
-    except FileNotFoundError as error:
-        raise AnalysisError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise AnalysisError(f"{path} cannot be read as netCDF: {error}; copy it again or rebuild it") from error
-    try:
-        check_landscape(data, str(path))
-    except AnalysisError:
-        data.close()
-        raise
-    return data
-
-
-def check_landscape(data: xr.Dataset, where: str = "the dataset") -> None:
-    """Raise `AnalysisError` unless `data` has the variables and dimensions of a landscape (raw or per prompt)."""
-    missing = [name for name in (*NEEDED, *POINT) if name not in data.variables]
-    if missing:
-        raise AnalysisError(f"{where} is not a landscape dataset: it has no {', '.join(missing)}")
-    dims = set(data["reward"].dims)
-    lacking = [dim for dim in (*POINT, "prompt") if dim not in dims]
-    if lacking:
-        raise AnalysisError(f"{where}: variable 'reward' has no dimension {', '.join(lacking)}")
-    for name in POINT:
-        values = data[name].values
-        if not np.isfinite(values).all() or len(np.unique(values)) != len(values):
-            raise AnalysisError(f"{where}: coordinate {name!r} has missing or repeated values")
-    if is_reduced(data):
-        return
-    if "rollout" not in dims:
-        raise AnalysisError(f"{where}: variable 'reward' has no dimension rollout")
-    for name in CELL:
-        if data.sizes[name] == 0:
-            raise AnalysisError(f"{where}: dimension {name!r} is empty")
-
-
-def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
-    """The finished datasets of a run directory by step and slice, and a line for each unfinished journal.
-
-    Raises `AnalysisError` when nothing is finished.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise AnalysisError(f"{root} is not a directory; give the output directory of a sweep")
-    found = [(file, _FILE.match(file.name)) for file in sorted(root.iterdir())]
-    files = [RunFile(file, int(match[1]), int(match[2])) for file, match in found if match]
-    finished = {(file.step, file.slice_seed) for file in files}
-    unfinished = []
-    for folder in sorted(root.iterdir()):
-        match = _JOURNAL.match(folder.name)
-        if not match or not (folder / "journal.json").is_file() or (int(match[1]), int(match[2])) in finished:
-            continue
-        # A point of a progressive sweep may lie in several files, one per range of prompts.
-        names = [_POINT_FILE.fullmatch(file.name) for file in (folder / "points").glob("*.nc")]
-        done = len({name[1] for name in names if name})
-        total = _journal_points(folder)
-        of = f" of {total}" if total else ""
-        unfinished.append(f"step {int(match[1])}, slice {int(match[2])}: {done}{of} points measured")
-    if not files:
-        detail = f" Unfinished: {'; '.join(unfinished)}." if unfinished else ""
-        raise AnalysisError(
-            f"{root} holds no finished landscape_step*_slice*.nc.{detail} Run the sweep's command again to finish it."
-        )
-    return sorted(files, key=lambda file: (file.step, file.slice_seed)), unfinished
-
-
-def _journal_points(folder: Path) -> int | None:
-    try:
-        axes = json.loads((folder / "journal.json").read_text())["axes"]
-        return len(axes["alpha"]) * len(axes["beta"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def open_run(
-    path: str | Path, *, steps: Iterable[int] | None = None, slices: Iterable[int] | None = None
-) -> xr.Dataset:
-    """All snapshots and slices of a run as one lazy dataset, dims (step, slice_seed, alpha, beta, prompt, rollout).
-
-    Variables stay on disk (dask arrays) until they are asked for. A combination that was not measured is missing.
-    Raises `AnalysisError` when the files do not belong together: other grids, prompts or variables.
-    """
-    files, _ = list_run(path)
-    wanted_steps, wanted_slices = (None if w is None else set(w) for w in (steps, slices))
-    files = [
-        file
-        for file in files
-        if (wanted_steps is None or file.step in wanted_steps)
-        and (wanted_slices is None or file.slice_seed in wanted_slices)
-    ]
-    if not files:
-        raise AnalysisError(f"{path} holds no dataset of steps {wanted_steps} and slices {wanted_slices}")
-    opened = [xr.open_dataset(file.path, engine="netcdf4", chunks={}) for file in files]
-    for file, data in zip(files, opened, strict=True):
-        check_landscape(data, str(file.path))
-    check_same_design(opened, [str(file.path) for file in files], grids=True)
-    by_step: dict[int, list[xr.Dataset]] = {}
-    for data in opened:
-        by_step.setdefault(int(data["step"]), []).append(data)
-    rows = [xr.concat(by_step[step], dim="slice_seed", **_CONCAT) for step in sorted(by_step)]
-    return xr.concat(rows, dim="step", **_CONCAT)
-
-
-_CONCAT: dict[str, Any] = {
-    "join": "outer",
-    "combine_attrs": "drop_conflicts",
-    "coords": "minimal",
-    "compat": "override",
-}
-
-
-def check_same_design(datasets: Iterable[xr.Dataset], names: Iterable[str], *, grids: bool = False) -> None:
-    """Raise `AnalysisError` unless the datasets share prompts, what paid them and variables.
-
-    Progressive sweeps (attribute `progressive`) may have stopped at different numbers of the same prompts. With
-    `grids`, these and the coordinates alpha and beta must agree as well.
-    """
-    first: tuple[str, xr.Dataset] | None = None
-    for name, data in zip(names, datasets, strict=True):
-        if first is None:
-            first = name, data
-            continue
-        reference_name, reference = first
-        both = f"{reference_name} and {name}"
-        progressive = not grids and all("progressive" in d.attrs for d in (reference, data))
-        known = progressive and "prompts_sha256" in data.attrs
-        if data.sizes["prompt"] != reference.sizes["prompt"] and not known:
-            raise AnalysisError(f"{both} have {reference.sizes['prompt']} and {data.sizes['prompt']} prompts")
-        paid = [d.attrs.get("reward_mode", "verifier") for d in (reference, data)]
-        if paid[0] != paid[1]:
-            raise AnalysisError(f"{both} were paid by different rewards ({paid[0]} and {paid[1]}); analyse them apart")
-        hashes = [d.attrs.get("prompts_sha256") for d in (reference, data)]
-        if hashes[0] != hashes[1]:
-            raise AnalysisError(f"{both} were measured on different prompts (prompts_sha256 differs)")
-        if set(map(str, data.data_vars)) ^ set(map(str, reference.data_vars)):
-            odd = ", ".join(sorted(set(map(str, data.data_vars)) ^ set(map(str, reference.data_vars))))
-            raise AnalysisError(f"{both} have different variables ({odd}); they come from different versions")
-        if grids and any(not np.array_equal(data[axis].values, reference[axis].values) for axis in POINT):
-            raise AnalysisError(f"{both} have different grids; open them one by one, or choose steps= and slices=")
-
-
-def is_reduced(data: xr.Dataset) -> bool:
-    """Whether `data` is what `per_prompt` returns."""
-    return data.attrs.get("reduced") == "per_prompt"
 
 
 def per_prompt(data: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dataset:

@@ -11,14 +11,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from rlvr_landscape_analysis.datasets import POINT, RunFile, check_same_design, list_run, open_landscape
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import (
-    POINT,
     THRESHOLD,
-    RunFile,
-    check_same_design,
-    list_run,
-    open_landscape,
     pass_at_k,
     per_prompt,
     point_mean,

@@ -14,7 +14,8 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlvr_landscape_analysis import AnalysisError, synthetic
-from rlvr_landscape_analysis.landscape import list_run, shells
+from rlvr_landscape_analysis.datasets import list_run
+from rlvr_landscape_analysis.landscape import shells
 from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 

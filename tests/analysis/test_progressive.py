@@ -14,7 +14,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic
-from rlvr_landscape_analysis.landscape import list_run
+from rlvr_landscape_analysis.datasets import list_run
 from rlvr_landscape_analysis.report.page import write_report
 from rlvr_landscape_analysis.statistics.progressive import (
     SHARE,

@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from rlvr_landscape_analysis.datasets import POINT, check_landscape
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.figures.style import (
     MISSING_EDGE,
@@ -24,8 +25,6 @@ from rlvr_landscape_analysis.figures.style import (
     say_missing,
 )
 from rlvr_landscape_analysis.landscape import (
-    POINT,
-    check_landscape,
     difference_from_origin,
     pass_at_k,
     per_prompt,

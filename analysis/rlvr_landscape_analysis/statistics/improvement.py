@@ -12,8 +12,9 @@ import numpy as np
 import xarray as xr
 from scipy.special import stdtr, stdtrit
 
+from rlvr_landscape_analysis.datasets import POINT
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.landscape import POINT, per_prompt
+from rlvr_landscape_analysis.landscape import per_prompt
 from rlvr_landscape_analysis.results import BOUNDS
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap, Cells, cells, centred_interval
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from rlvr_landscape_analysis.datasets import NEEDED, POINT, check_landscape
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.landscape import NEEDED, POINT, check_landscape, per_prompt, shells
+from rlvr_landscape_analysis.landscape import per_prompt, shells
 from rlvr_landscape_analysis.statistics.correlation import correlations
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 

@@ -14,8 +14,9 @@ import numpy as np
 import xarray as xr
 from scipy.special import ndtri, stdtrit
 
+from rlvr_landscape_analysis.datasets import POINT
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.landscape import POINT, per_prompt, shells
+from rlvr_landscape_analysis.landscape import per_prompt, shells
 
 MIN_PROMPTS = 8
 """With fewer prompts no interval is given: resampling so few units means nothing."""

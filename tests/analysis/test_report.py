@@ -19,7 +19,8 @@ from factory import ALPHAS, BETAS, NASTY, make_analysis
 from rlvr_landscape_analysis.__main__ import main, parser
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.report import page as module
-from rlvr_landscape_analysis.report.page import Recipe, json_block, landscape_name, shown_landscapes, write_report
+from rlvr_landscape_analysis.report.page import json_block, landscape_name, shown_landscapes, write_report
+from rlvr_landscape_analysis.report.recipes import Recipe
 from rlvr_landscape_analysis.synthetic import write_run
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

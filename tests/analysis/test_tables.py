@@ -11,12 +11,11 @@ import re
 import numpy as np
 import pytest
 from factory import FEW, NASTY, make_analysis
-from rlvr_landscape_analysis.report import tables as module
-from rlvr_landscape_analysis.report.tables import (
+from rlvr_landscape_analysis.report import table as module
+from rlvr_landscape_analysis.report.table import (
     Column,
     Table,
     Value,
-    all_tables,
     cell_text,
     escape_latex,
     escape_markdown,
@@ -26,6 +25,7 @@ from rlvr_landscape_analysis.report.tables import (
     write_tables,
     write_whole,
 )
+from rlvr_landscape_analysis.report.tables import all_tables
 from rlvr_landscape_analysis.results import PAIRS
 from rlvr_landscape_analysis.run import analyse_run
 from rlvr_landscape_analysis.statistics.resample import Bootstrap

@@ -10,20 +10,16 @@ import numpy as np
 from matplotlib.colors import Normalize
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.figures.grid import (
+from rlvr_landscape_analysis.figures.image import (
     MISSING_NOTE,
-    Maps,
-    as_map,
-    collect,
     draw_contours,
     draw_image,
     image_aspect,
     kl_levels,
     mark_origin,
-    plane,
-    require,
 )
 from rlvr_landscape_analysis.figures.style import COLUMN_INCHES, NOTE_SIZE, join_notes, new_figure, styled
+from rlvr_landscape_analysis.figures.values import Maps, as_map, collect, plane, require
 
 
 @styled

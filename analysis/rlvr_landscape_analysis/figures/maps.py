@@ -11,24 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.figures.grid import (
+from rlvr_landscape_analysis.figures.image import (
     MISSING_NOTE,
-    Maps,
     add_colorbar,
-    as_map,
-    at_origin,
     cells,
     centred_norm,
-    collect,
     draw_contours,
     draw_image,
-    heading,
     image_aspect,
     kl_levels,
-    label_of,
     mark_origin,
-    plane,
-    require,
 )
 from rlvr_landscape_analysis.figures.style import (
     COLUMN_INCHES,
@@ -40,6 +32,7 @@ from rlvr_landscape_analysis.figures.style import (
     say_missing,
     styled,
 )
+from rlvr_landscape_analysis.figures.values import Maps, as_map, at_origin, collect, heading, label_of, plane, require
 
 DIVERGING = "RdBu_r"
 

@@ -9,7 +9,6 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.figures.grid import LABELS, as_map, heading, label_of, plane, reward_label
 from rlvr_landscape_analysis.figures.series import chosen_table, draw_series
 from rlvr_landscape_analysis.figures.style import (
     COLUMN_INCHES,
@@ -21,6 +20,7 @@ from rlvr_landscape_analysis.figures.style import (
     say_missing,
     styled,
 )
+from rlvr_landscape_analysis.figures.values import LABELS, as_map, heading, label_of, plane, reward_label
 
 
 @styled

@@ -12,7 +12,6 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.figures.grid import reward_label
 from rlvr_landscape_analysis.figures.style import (
     NOTE_SIZE,
     PAGE_INCHES,
@@ -23,6 +22,7 @@ from rlvr_landscape_analysis.figures.style import (
     step_axis,
     styled,
 )
+from rlvr_landscape_analysis.figures.values import reward_label
 from rlvr_landscape_analysis.results import CONTROL_NAMES, PAIR_NAMES
 
 EARLY = range(11)

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.figures.grid import as_map, heading, kl_levels, label_of, plane, require
+from rlvr_landscape_analysis.figures.image import kl_levels
 from rlvr_landscape_analysis.figures.style import COLUMN_INCHES, NOTE_SIZE, join_notes, number, styled
+from rlvr_landscape_analysis.figures.values import as_map, heading, label_of, plane, require
 
 
 @styled

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
@@ -30,41 +30,18 @@ from matplotlib.figure import Figure
 
 from rlvr_landscape_analysis import figures as drawing
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.report.tables import (
-    NOT_DEFINED,
-    WRITERS,
-    Column,
-    Table,
-    all_tables,
-    write_tables,
-    write_whole,
-)
+from rlvr_landscape_analysis.report.recipes import Key, Recipe, recipes
+from rlvr_landscape_analysis.report.table import NOT_DEFINED, WRITERS, Column, Table, write_tables, write_whole
+from rlvr_landscape_analysis.report.tables import all_tables
 from rlvr_landscape_analysis.results import Claim, RunAnalysis
 
 INLINE_DPI = 150
 MAX_LANDSCAPES = 12
 """Landscapes shown in the page, each with the values under the pointer; more would be slow to open."""
-MAX_SLICES = 3
-"""Rows of a figure of panels."""
 MAX_INLINE_BYTES = 18_000_000
 """Images inline before base64 adds a third; what goes beyond stays a file."""
 
-Key = tuple[int, int]
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A figure of the report."""
-
-    name: str
-    """Name of its files."""
-    title: str
-    caption: str
-    draw: Callable[[], dict[str, Any]]
-    """Draws it and returns its artists with `figure` or `ax`; raises `AnalysisError` when there is nothing to draw."""
-    detail: bool = False
-    """Whether it is of one snapshot, rather than of the run."""
 
 
 def write_report(
@@ -118,128 +95,6 @@ def shown_landscapes(keys: Sequence[Key], most: int = MAX_LANDSCAPES) -> list[Ke
         return candidates
     chosen = np.unique(np.round(np.linspace(0, len(candidates) - 1, most)).astype(int))
     return [candidates[i] for i in chosen]
-
-
-def recipes(analysis: RunAnalysis) -> list[Recipe]:
-    """The figures of a report beside the single landscapes, in its order."""
-    keys = sorted(analysis.maps)
-    steps = {step for step, _ in keys}
-    slices = sorted({seed for _, seed in keys})[:MAX_SLICES]
-    shown = {key: analysis.maps[key] for key in keys if key[1] in slices}
-    level = f"{analysis.bootstrap.level:.0%}"
-    table = analysis.correlations
-    found = [
-        Recipe(
-            "panels",
-            "Reward landscapes of chosen snapshots",
-            "Colour: mean reward, one scale per panel; lines: KL in nat; cross: the checkpoint.",
-            lambda: drawing.landscape_panels(shown),
-        ),
-        Recipe(
-            "panels_shared",
-            "The same on one colour scale",
-            "Colours and lines compare between snapshots.",
-            lambda: drawing.landscape_panels(shown, shared=True),
-        ),
-    ]
-    if len(steps) > 1:
-        bands = f"Bands: {level} intervals over prompts."
-        found += [
-            Recipe(
-                "correlation",
-                "Correlation of KL and reward over training",
-                f"Pearson over the points of the slice, as it is usually quoted: the radius is still in it. {bands}",
-                lambda: drawing.correlation_over_training(table, value="pearson"),
-            ),
-            Recipe(
-                "correlation_early",
-                "The same over the first ten steps",
-                bands,
-                lambda: drawing.early_correlation(table, value="pearson"),
-            ),
-            Recipe(
-                "controlled",
-                "With the radius controlled for",
-                "Corrected for sampling noise. Where the plain line is in the grey band, the radius alone explains it. "
-                + bands,
-                lambda: drawing.controlled_over_training(table),
-            ),
-            Recipe(
-                "contribution",
-                "What lies beyond the radius",
-                "The part of the correlation that differences within shells of equal radius contribute; T1 and T2 rest "
-                f"on it. {bands}",
-                lambda: drawing.correlation_over_training(table, control="shell", value="contribution"),
-            ),
-            Recipe(
-                "training",
-                "The checkpoints over training",
-                f"Reward, pass@1, pass@{analysis.k} and token entropy of the checkpoints. {bands}",
-                lambda: drawing.training_curves(analysis.training),
-            ),
-        ]
-    for key in dict.fromkeys([keys[0], next(key for key in keys if key[0] == keys[-1][0])] if keys else []):
-        found += _snapshot_recipes(analysis, key)
-    return found
-
-
-def _snapshot_recipes(analysis: RunAnalysis, key: Key) -> list[Recipe]:
-    values = analysis.maps[key]
-    at, tail = f"step {key[0]}, slice {key[1]}", f"step{key[0]:06d}_slice{key[1]}"
-    found = [
-        Recipe(
-            f"scatter_{tail}",
-            f"KL and reward, {at}",
-            "Each point is a policy of the slice, coloured by its distance from the checkpoint.",
-            lambda: drawing.kl_reward_scatter(values, analysis.correlations),
-        ),
-        Recipe(
-            f"difference_{tail}",
-            f"Difference from the checkpoint, {at}",
-            "Reward minus the checkpoint's, paired by prompt. Hatched: within two standard errors. Rings: better, with "
-            "the false discovery rate controlled.",
-            lambda: drawing.difference_map(values),
-        ),
-        Recipe(
-            f"surrogate_{tail}",
-            f"Surrogate and reward, {at}",
-            "How the training objective rates the neighbourhood, beside what it is worth; both as change from the "
-            "checkpoint.",
-            lambda: drawing.surrogate_and_reward(values),
-        ),
-        Recipe(
-            f"pass_entropy_{tail}",
-            f"pass@{analysis.k} and token entropy, {at}",
-            "Where the neighbourhood still solves what it tries, and how spread its answers are.",
-            lambda: drawing.pass_and_entropy_maps(values),
-        ),
-        Recipe(
-            f"surface_{tail}",
-            f"The landscape as a surface, {at}",
-            "For a first look; a flat map is read more exactly.",
-            lambda: drawing.surface(values),
-        ),
-    ]
-    if key in analysis.profiles:
-        found.append(
-            Recipe(
-                f"profile_{tail}",
-                f"Reward and KL against the distance, {at}",
-                "Means over points of equal distance from the checkpoint, with bands of two standard errors.",
-                lambda: drawing.radial_profile(analysis.profiles[key]),
-            )
-        )
-    for name, words in (("truncated", "Share of truncated rollouts"), ("format_failure", "Share of format failures")):
-        if name in values:
-            found.append(
-                Recipe(
-                    f"{name}_{tail}",
-                    f"{words}, {at}",
-                    "Where it is high, reward measures more than the quality of an answer.",
-                    lambda name=name: drawing.quantity_map(values, name),
-                )
-            )
-    return [replace(recipe, detail=True) for recipe in found]
 
 
 def figure_of(ax: Axes) -> Figure:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Variable:
     units: str
     long_name: str
     comment: str = ""
-    attributes: Mapping[str, Any] = MappingProxyType({})
+    attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further netCDF attributes."""
     required: bool = True
     """Whether a point or a base batch without it is refused."""

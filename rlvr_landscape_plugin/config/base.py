@@ -1,23 +1,34 @@
-"""What every table of the configuration shares: unknown keys are refused, and how a command line is read.
+"""What every table of the configuration shares: unknown keys and unbounded numbers are refused, and every message names
+its file or key.
 
-TOML with comments (`@ file.toml`) and dotted overrides (`--grid.alpha.points 9`), typed, unknown keys refused. Parsing
-imports neither torch nor vllm nor verifiers, so `--help` and mistakes answer at once.
+A command line is TOML with comments (`@ file.toml`) and dotted overrides (`--grid.alpha.points 9`). Parsing imports
+neither torch nor vllm nor verifiers, so `--help` and mistakes answer at once.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 from pydantic_config import BaseConfig, ConfigFileError, cli
 
 from rlvr_landscape_plugin.errors import ConfigurationError
 
+MOST_EPISODES = 10_000_000
+"""Episodes (tasks × rollouts) of one batch; more is a typing mistake, and each of them is held in memory."""
+
+LARGEST_SEED = 2**63 - 1
+"""Datasets keep seeds as 64-bit integers."""
+
 
 class StrictConfig(BaseConfig):
-    """A table of the configuration; an unknown key is refused with the nearest known one."""
+    """A table of the configuration; NaN and infinity are refused, and an unknown key with the nearest known one."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -49,5 +60,31 @@ def load_config(argv: Sequence[str], kind: type[_Config]) -> _Config:
     """Parse a command line; raises `ConfigurationError` for whatever is wrong in it or in its files."""
     try:
         return cli(kind, args=list(argv), description=kind.__doc__)  # pyright: ignore[reportCallIssue]
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(_json_problem(argv, error)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(_encoding_problem(argv, error)) from error
     except (ConfigFileError, OSError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _json_problem(argv: Sequence[str], error: json.JSONDecodeError) -> str:
+    """Which option's value is no JSON."""
+    places = [place for place, value in enumerate(argv) if value == error.doc]
+    option = argv[places[0] - 1] if places and places[0] else "an option"
+    return (
+        f"the value {error.doc!r} of {option} is not JSON: {error.msg} at character {error.pos + 1}; "
+        f"""write a table like {option} '{{"key": 1}}' and a list like '[1, 2]'"""
+    )
+
+
+def _encoding_problem(argv: Sequence[str], error: UnicodeDecodeError) -> str:
+    """Which file is not UTF-8, and where."""
+    for file in (Path(value.removeprefix("@")) for value in argv):
+        if file.is_file():
+            try:
+                file.read_bytes().decode()
+            except UnicodeDecodeError as found:
+                line = found.object[: found.start].count(b"\n") + 1
+                return f"{file}: byte 0x{found.object[found.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
+    return str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,16 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from rlvr_landscape_plugin.config.base import StrictConfig
+from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, StrictConfig
+
+MOST_POINTS = 1_000_000
+"""Points of one grid, and of one axis; more is a typing mistake."""
+LARGEST_COORDINATE = 1e6
+"""Largest |α| and |β|: with a direction as long as the weights, float32 weights stay finite far beyond it."""
+LEAST_COORDINATE = 1e-30
+"""Smallest end of an axis: float64 still tells evenly spaced coordinates below it apart."""
+LARGEST_RATIO = 1e9
+"""Largest ratio of the two ends of an axis: beyond it the shorter end is lost in the rounding of the longer."""
 
 
 class AxisConfig(StrictConfig):
@@ -21,17 +29,22 @@ class AxisConfig(StrictConfig):
     """Smallest coordinate; must be below 0."""
     max: float = 0.15
     """Largest coordinate; must be above 0."""
-    points: int = Field(default=7, ge=2)
+    points: int = Field(default=7, ge=2, le=MOST_POINTS)
     """Number of evenly spaced coordinates. If 0 is not among them (an even number, an uneven range), it is added."""
 
     @model_validator(mode="after")
     def _range(self) -> AxisConfig:
-        if not (math.isfinite(self.min) and math.isfinite(self.max)):
-            raise ValueError(f"min = {self.min} and max = {self.max} must be finite numbers")
         if self.min >= self.max:
             raise ValueError(f"min = {self.min} is not below max = {self.max}; swap them")
         if not self.min < 0 < self.max:
             raise ValueError(f"the range {self.min} … {self.max} must contain the origin 0 in its inside")
+        short, long = sorted((-self.min, self.max))
+        if long > LARGEST_COORDINATE or short < LEAST_COORDINATE or long > LARGEST_RATIO * short:
+            raise ValueError(
+                f"min = {self.min} and max = {self.max}: both must lie between {LEAST_COORDINATE:g} and "
+                f"{LARGEST_COORDINATE:g} in size and differ by less than a factor of {LARGEST_RATIO:g}; coordinate 1 "
+                "moves by the whole direction, normalization scales a direction that is short or long"
+            )
         return self
 
     def values(self, factor: float = 1.0) -> np.ndarray:
@@ -64,6 +77,22 @@ class GridConfig(StrictConfig):
     """Coordinates along η."""
     find: FindRangeConfig | None = None
     """Scale both axes by one factor per snapshot, found by probes; absent: `min` and `max` as they are."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> GridConfig:
+        points = self.alpha.points * self.beta.points
+        if points > MOST_POINTS:
+            raise ValueError(
+                f"alpha.points × beta.points = {points:,} points, at most {MOST_POINTS:,} can be measured; lower one"
+            )
+        if self.find is not None:
+            farthest = max(-self.alpha.min, self.alpha.max, -self.beta.min, self.beta.max) * self.find.largest_factor
+            if farthest > LARGEST_COORDINATE:
+                raise ValueError(
+                    f"find.largest_factor = {self.find.largest_factor:g} could make an axis {farthest:g} long, at most "
+                    f"{LARGEST_COORDINATE:g} is allowed; lower it, or min and max"
+                )
+        return self
 
 
 class DirectionConfig(StrictConfig):
@@ -115,8 +144,8 @@ class SliceConfig(StrictConfig):
     @field_validator("seeds")
     @classmethod
     def _seeds(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-            raise ValueError(f"seeds must be distinct non-negative integers, got {seeds}")
+        if len(set(seeds)) != len(seeds) or min(seeds) < 0 or max(seeds) > LARGEST_SEED:
+            raise ValueError(f"seeds must be distinct integers between 0 and {LARGEST_SEED} (2^63 - 1), got {seeds}")
         return seeds
 
     @model_validator(mode="after")
@@ -133,12 +162,21 @@ class EnvConfig(StrictConfig):
     """Taskset id, as for `vf-eval`; its package must be installed."""
     taskset: dict[str, Any] = {}
     """Options of the taskset (what `vf-eval` takes as `--env.taskset.*`)."""
-    num_prompts: int = Field(default=32, ge=1)
+    num_prompts: int = Field(default=32, ge=1, le=MOST_EPISODES)
     """The first so many tasks of the taskset, the same at every point of every snapshot."""
-    rollouts: int = Field(default=4, ge=1)
+    rollouts: int = Field(default=4, ge=1, le=MOST_EPISODES)
     """Episodes per task and point, and per task in the checkpoint's own batch."""
     max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight per server."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> EnvConfig:
+        if self.num_prompts * self.rollouts > MOST_EPISODES:
+            raise ValueError(
+                f"num_prompts × rollouts = {self.num_prompts * self.rollouts:,} episodes per point, at most "
+                f"{MOST_EPISODES:,} can be held; lower one"
+            )
+        return self
 
 
 class SamplingConfig(StrictConfig):
@@ -216,7 +254,7 @@ class SweepConfig(StrictConfig):
     """Directory of the journal and the datasets."""
     snapshots: list[str] = Field(default=["tiny-sorter"], min_length=1)
     """Hugging Face checkpoint directories, or `tiny-sorter`, the policy shipped with the package."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of all sampling: the same (prompt, rollout, turn) draws the same noise at every point."""
     grid: GridConfig = GridConfig()
     """The points."""

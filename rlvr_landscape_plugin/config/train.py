@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlvr_landscape_plugin.config.base import StrictConfig
+from rlvr_landscape_plugin.config.base import MOST_EPISODES, StrictConfig
 from rlvr_landscape_plugin.config.sweep import SamplingConfig, ServerConfig
-from rlvr_landscape_plugin.schedule import parse_schedule
+from rlvr_landscape_plugin.schedule import LIMIT, parse_schedule
+
+LARGEST_TRAINING_SEED = 2**32 - 1
+"""torch, NumPy and transformers share the seed, and NumPy's global generator takes 32 bits."""
 
 
 class TrainEnvConfig(StrictConfig):
@@ -20,11 +23,11 @@ class TrainEnvConfig(StrictConfig):
     """Taskset id, as for `vf-eval`; its package must be installed."""
     taskset: dict[str, Any] = {}
     """Options of the taskset. Its `seed` must differ from `evaluation.taskset`'s."""
-    num_tasks: int = Field(default=4096, ge=1)
+    num_tasks: int = Field(default=4096, ge=1, le=MOST_EPISODES)
     """The first so many tasks are practised, in order, and again from the start when they are used up."""
-    tasks_per_batch: int = Field(default=32, ge=1)
+    tasks_per_batch: int = Field(default=32, ge=1, le=MOST_EPISODES)
     """Tasks (groups) in one batch of rollouts."""
-    rollouts: int = Field(default=16, ge=2)
+    rollouts: int = Field(default=16, ge=2, le=MOST_EPISODES)
     """Episodes per task: the group that advantages are relative to."""
     max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight."""
@@ -34,6 +37,11 @@ class TrainEnvConfig(StrictConfig):
         if self.num_tasks < self.tasks_per_batch:
             raise ValueError(
                 f"num_tasks = {self.num_tasks} is less than tasks_per_batch = {self.tasks_per_batch}; raise num_tasks"
+            )
+        if self.tasks_per_batch * self.rollouts > MOST_EPISODES:
+            raise ValueError(
+                f"tasks_per_batch × rollouts = {self.tasks_per_batch * self.rollouts:,} episodes in one batch, at most "
+                f"{MOST_EPISODES:,} can be held; lower one"
             )
         return self
 
@@ -107,15 +115,24 @@ class EvaluationConfig(StrictConfig):
 
     every: int = Field(default=10, ge=1)
     """Steps between two evaluations; there is one at step 0 and one at the last step."""
-    num_tasks: int = Field(default=256, ge=2)
+    num_tasks: int = Field(default=256, ge=2, le=MOST_EPISODES)
     """The first so many tasks of the held-out task stream."""
-    rollouts: int = Field(default=16, ge=1)
+    rollouts: int = Field(default=16, ge=1, le=MOST_EPISODES)
     """Episodes per task; the largest k of pass@k."""
     taskset: dict[str, Any] = {"seed": 2001}
     """Changes to `env.taskset`, table by table, that make the tasks others, such as another seed. Where training is
     paid by a control (`task.reward_mode`), held-out tasks are paid by the verifier, unless this names a mode too."""
     threshold: float = 0.99
     """Reward from which an episode counts as passed."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> EvaluationConfig:
+        if self.num_tasks * self.rollouts > MOST_EPISODES:
+            raise ValueError(
+                f"num_tasks × rollouts = {self.num_tasks * self.rollouts:,} episodes in one evaluation, at most "
+                f"{MOST_EPISODES:,} can be held; lower one"
+            )
+        return self
 
 
 class TrainConfig(StrictConfig):
@@ -125,9 +142,9 @@ class TrainConfig(StrictConfig):
     """Directory of the run: snapshots/, metrics.jsonl, evaluations.jsonl, state/, run.json, server.log."""
     model: str = "tiny-sorter"
     """The policy to start from: a Hugging Face checkpoint directory, or `tiny-sorter`."""
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=100, ge=1, le=LIMIT)
     """Optimizer updates; a finished run continues when this is raised (unless `optimizer.decay`)."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_TRAINING_SEED)
     """Seed of all sampling."""
     snapshots: str = "0-10, 20-150:10"
     """Steps whose policy is kept, as in `schedule.parse_schedule`; those beyond `steps` are never reached."""

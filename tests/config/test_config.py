@@ -66,11 +66,54 @@ def test_even_axes_gain_the_origin():
         (["--env.num-prompts", "0"], "greater than or equal to 1"),
         (["--sampling.temperature", "0"], "greater than 0"),
         (["@", "absent.toml"], "absent.toml"),
+        (["--env.taskset", "{bad"], r"the value '\{bad' of --env\.taskset is not JSON: .* at character 2; write"),
+        (["--seed", "3", "--server.urls", "[1"], r"of --server\.urls is not JSON"),
+        (["--seed", "1" * 30], r"--seed\n.*less than or equal to 9223372036854775807"),
+        (["--slice.seeds", "0", "1" * 30], r"--slice\.seeds\n.*between 0 and 9223372036854775807"),
+        (["--grid.alpha.points", "1000000000"], r"--grid\.alpha\.points\n.*less than or equal to 1000000"),
+        (["--grid.alpha.points", "1001", "--grid.beta.points", "1001"], r"1,002,001 points, at most 1,000,000"),
+        (["--grid.alpha.max", "1e308"], r"max = 1e\+308: both must lie between 1e-30 and 1e\+06"),
+        (["--grid.beta.min", "-1e-200"], "both must lie between"),
+        (["--grid.beta.min", "-1e-6", "--grid.beta.max", "1e4"], "differ by less than a factor of 1e\\+09"),
+        (["--grid.find.largest-factor", "1e7"], "could make an axis"),
+        (["--grid.find.kl", "1e999"], "finite|number"),
+        (["--env.num-prompts", "1000000", "--env.rollouts", "100"], r"100,000,000 episodes per point"),
+        (["--env.num-prompts", "9" * 20], r"--env\.num-prompts\n.*less than or equal to 10000000"),
     ],
 )
 def test_mistakes_are_named(argv, message):
     with pytest.raises(ConfigurationError, match=message):
         load_config(argv, SweepConfig)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seed", "4294967296"], r"--seed\n.*less than or equal to 4294967295"),
+        (["--env.tasks-per-batch", "4096", "--env.rollouts", "4096"], "16,777,216 episodes in one batch"),
+        (["--evaluation.num-tasks", "9999999"], "episodes in one evaluation"),
+        (["--steps", "1000000001"], r"--steps\n.*less than or equal to 1000000"),
+        (["--env.num-tasks", "9"], "is less than tasks_per_batch = 32; raise num_tasks"),
+    ],
+)
+def test_mistakes_in_training_are_named(argv, message):
+    with pytest.raises(ConfigurationError, match=message):
+        load_config(argv, TrainConfig)
+
+
+def test_the_largest_grid_is_made_and_finite():
+    axis = AxisConfig(min=-1e6, max=1e6, points=1_000_000)
+    values = axis.values()
+    assert np.isfinite(values).all()
+    assert np.all(np.diff(values) > 0)
+
+
+def test_a_file_in_another_encoding_is_named_with_its_line(tmp_path):
+    path = tmp_path / "latin.toml"
+    path.write_bytes("seed = 3\n# d\xe9j\xe0 vu\n".encode("latin-1"))
+    for argv in (["@", str(path)], ["--seed", "1", "--grid", f"@{path}"]):
+        with pytest.raises(ConfigurationError, match=r"latin\.toml: byte 0xe9 in line 2 is not UTF-8; save it"):
+            load_config(argv, SweepConfig)
 
 
 def test_all_unknown_keys_are_named_at_once():

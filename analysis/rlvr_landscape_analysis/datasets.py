@@ -8,7 +8,6 @@ all that the statistics need.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,23 @@ import numpy as np
 import xarray as xr
 
 from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.schema import (
+    GRID,
+    GRID_JOURNAL,
+    GRID_POINT_FILE,
+    JOURNAL_FILE,
+    LANDSCAPE_FILE,
+    PER_TASK,
+    POINTS_FOLDER,
+    PROGRESSIVE,
+    PROMPT,
+    PROMPTS_SHA256,
+    ROLLOUT,
+    paid_by,
+)
 
-CELL = ("prompt", "rollout")
-POINT = ("alpha", "beta")
 NEEDED = ("reward", "kl_k1")
-
-_FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
-_JOURNAL = re.compile(r"step(\d+)_slice(-?\d+)$")
-_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+)?\.nc")
+"""Variables without which a dataset is no landscape."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +66,22 @@ def open_landscape(path: str | Path) -> xr.Dataset:
 
 def check_landscape(data: xr.Dataset, where: str = "the dataset") -> None:
     """Raise `AnalysisError` unless `data` has the variables and dimensions of a landscape (raw or per prompt)."""
-    missing = [name for name in (*NEEDED, *POINT) if name not in data.variables]
+    missing = [name for name in (*NEEDED, *GRID) if name not in data.variables]
     if missing:
         raise AnalysisError(f"{where} is not a landscape dataset: it has no {', '.join(missing)}")
     dims = set(data["reward"].dims)
-    lacking = [dim for dim in (*POINT, "prompt") if dim not in dims]
+    lacking = [dim for dim in (*GRID, PROMPT) if dim not in dims]
     if lacking:
         raise AnalysisError(f"{where}: variable 'reward' has no dimension {', '.join(lacking)}")
-    for name in POINT:
+    for name in GRID:
         values = data[name].values
         if not np.isfinite(values).all() or len(np.unique(values)) != len(values):
             raise AnalysisError(f"{where}: coordinate {name!r} has missing or repeated values")
     if is_reduced(data):
         return
-    if "rollout" not in dims:
+    if ROLLOUT not in dims:
         raise AnalysisError(f"{where}: variable 'reward' has no dimension rollout")
-    for name in CELL:
+    for name in PER_TASK:
         if data.sizes[name] == 0:
             raise AnalysisError(f"{where}: dimension {name!r} is empty")
 
@@ -86,16 +94,16 @@ def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
     root = Path(path)
     if not root.is_dir():
         raise AnalysisError(f"{root} is not a directory; give the output directory of a sweep")
-    found = [(file, _FILE.match(file.name)) for file in sorted(root.iterdir())]
+    found = [(file, LANDSCAPE_FILE.match(file.name)) for file in sorted(root.iterdir())]
     files = [RunFile(file, int(match[1]), int(match[2])) for file, match in found if match]
     finished = {(file.step, file.slice_seed) for file in files}
     unfinished = []
     for folder in sorted(root.iterdir()):
-        match = _JOURNAL.match(folder.name)
-        if not match or not (folder / "journal.json").is_file() or (int(match[1]), int(match[2])) in finished:
+        match = GRID_JOURNAL.match(folder.name)
+        if not match or not (folder / JOURNAL_FILE).is_file() or (int(match[1]), int(match[2])) in finished:
             continue
         # A point of a progressive sweep may lie in several files, one per range of prompts.
-        names = [_POINT_FILE.fullmatch(file.name) for file in (folder / "points").glob("*.nc")]
+        names = [GRID_POINT_FILE.fullmatch(file.name) for file in (folder / POINTS_FOLDER).glob("*.nc")]
         done = len({name[1] for name in names if name})
         total = _journal_points(folder)
         of = f" of {total}" if total else ""
@@ -110,7 +118,7 @@ def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
 
 def _journal_points(folder: Path) -> int | None:
     try:
-        axes = json.loads((folder / "journal.json").read_text())["axes"]
+        axes = json.loads((folder / JOURNAL_FILE).read_text())["axes"]
         return len(axes["alpha"]) * len(axes["beta"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -166,20 +174,20 @@ def check_same_design(datasets: Iterable[xr.Dataset], names: Iterable[str], *, g
             continue
         reference_name, reference = first
         both = f"{reference_name} and {name}"
-        progressive = not grids and all("progressive" in d.attrs for d in (reference, data))
-        known = progressive and "prompts_sha256" in data.attrs
-        if data.sizes["prompt"] != reference.sizes["prompt"] and not known:
+        progressive = not grids and all(PROGRESSIVE in d.attrs for d in (reference, data))
+        known = progressive and PROMPTS_SHA256 in data.attrs
+        if data.sizes[PROMPT] != reference.sizes[PROMPT] and not known:
             raise AnalysisError(f"{both} have {reference.sizes['prompt']} and {data.sizes['prompt']} prompts")
-        paid = [d.attrs.get("reward_mode", "verifier") for d in (reference, data)]
+        paid = [paid_by(d.attrs) for d in (reference, data)]
         if paid[0] != paid[1]:
             raise AnalysisError(f"{both} were paid by different rewards ({paid[0]} and {paid[1]}); analyse them apart")
-        hashes = [d.attrs.get("prompts_sha256") for d in (reference, data)]
+        hashes = [d.attrs.get(PROMPTS_SHA256) for d in (reference, data)]
         if hashes[0] != hashes[1]:
             raise AnalysisError(f"{both} were measured on different prompts (prompts_sha256 differs)")
         if set(map(str, data.data_vars)) ^ set(map(str, reference.data_vars)):
             odd = ", ".join(sorted(set(map(str, data.data_vars)) ^ set(map(str, reference.data_vars))))
             raise AnalysisError(f"{both} have different variables ({odd}); they come from different versions")
-        if grids and any(not np.array_equal(data[axis].values, reference[axis].values) for axis in POINT):
+        if grids and any(not np.array_equal(data[axis].values, reference[axis].values) for axis in GRID):
             raise AnalysisError(f"{both} have different grids; open them one by one, or choose steps= and slices=")
 
 

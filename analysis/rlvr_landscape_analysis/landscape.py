@@ -11,17 +11,14 @@ from collections.abc import Iterable
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.datasets import POINT, check_landscape, is_reduced
+from rlvr_landscape_analysis.datasets import NEEDED, check_landscape, is_reduced
 from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.schema import BASE_ROLLOUT, GRID, ROLLOUT, SCHEMA, SOLVED
 
-THRESHOLD = 0.99
-"""Reward from which a rollout counts as solved (SPEC §4: pass@k)."""
-
-_AVERAGED = ("reward", "kl_k1", "kl_k3", "surrogate", "entropy", "completion_tokens", "truncated", "clip_fraction")
-_OPTIONAL = ("format_failure",)
+_AVERAGED = [name for name, one in SCHEMA.items() if one.family in ("rollout", "completion") and name != "status"]
 
 
-def per_prompt(data: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dataset:
+def per_prompt(data: xr.Dataset, *, threshold: float = SOLVED) -> xr.Dataset:
     """Reduce rollouts: float64 means per prompt, dims (alpha, beta, prompt); a reduced dataset is returned as it is.
 
     Averaged over the rollouts that did not fail: every float variable of the schema. Added: `rollouts` (valid rollouts
@@ -32,7 +29,7 @@ def per_prompt(data: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dataset:
         return data
     check_landscape(data)
     variables: dict[str, xr.DataArray] = {}
-    for name in (*_AVERAGED, *_OPTIONAL):
+    for name in _AVERAGED:
         if name not in data:
             continue
         variables[name] = rollout_mean(data[name])
@@ -51,7 +48,10 @@ def per_prompt(data: xr.Dataset, *, threshold: float = THRESHOLD) -> xr.Dataset:
 
 
 def rollout_mean(values: xr.DataArray) -> xr.DataArray:
-    """Mean over `rollout` in float64, missing rollouts left out; NaN where none is left. Attributes are kept."""
+    """Mean over `rollout` or `base_rollout` in float64, missing ones left out; NaN where none is left.
+
+    Attributes are kept.
+    """
 
     def mean(block: np.ndarray) -> np.ndarray:
         total = block.mean(axis=-1, dtype=np.float64)
@@ -66,7 +66,7 @@ def rollout_mean(values: xr.DataArray) -> xr.DataArray:
     return xr.apply_ufunc(
         mean,
         values,
-        input_core_dims=[["rollout"]],
+        input_core_dims=[[_rollouts(values) or ROLLOUT]],
         dask="parallelized",
         output_dtypes=[np.float64],
         keep_attrs=True,
@@ -93,8 +93,13 @@ def difference_from_origin(values: xr.DataArray) -> xr.Dataset:
     return _mean_and_error(values, difference.mean("prompt", skipna=True), standard_error(difference), *names)
 
 
+def _rollouts(values: xr.DataArray) -> str | None:
+    """The dimension of `values` that counts rollouts: those of a point, or the checkpoint's own."""
+    return next((name for name in (ROLLOUT, BASE_ROLLOUT) if name in values.dims), None)
+
+
 def _per_prompt_array(values: xr.DataArray) -> xr.DataArray:
-    return rollout_mean(values) if "rollout" in values.dims else values.astype(np.float64)
+    return rollout_mean(values) if _rollouts(values) else values.astype(np.float64)
 
 
 def _mean_and_error(
@@ -172,7 +177,7 @@ def pass_at_k_cells(data: xr.Dataset, k: int, *, threshold: float | None = None)
             )
         reduced, rollouts = data, int(data.attrs["rollouts"])
     else:
-        reduced = per_prompt(data[["reward", "kl_k1"]], threshold=THRESHOLD if threshold is None else threshold)
+        reduced = per_prompt(data[list(NEEDED)], threshold=SOLVED if threshold is None else threshold)
         rollouts = data.sizes["rollout"]
     if not 1 <= k <= rollouts:
         raise AnalysisError(f"pass@{k} needs 1 ≤ k ≤ {rollouts}, the number of rollouts per prompt")
@@ -208,8 +213,8 @@ def ray(values: xr.DataArray, angle: float) -> xr.DataArray:
     Bilinear between grid points; distances are the radii at which the grid has points on its axes, as far as the ray
     stays inside the grid. `values` has dims (alpha, beta, …).
     """
-    alpha, beta = (np.sort(values[name].values) for name in POINT)
-    for name, axis in zip(POINT, (alpha, beta), strict=True):
+    alpha, beta = (np.sort(values[name].values) for name in GRID)
+    for name, axis in zip(GRID, (alpha, beta), strict=True):
         if len(axis) < 2:
             raise AnalysisError(f"a ray needs at least two values of {name!r}")
     steps = np.unique(np.round(np.concatenate([alpha, beta]), 12))
@@ -223,7 +228,7 @@ def ray(values: xr.DataArray, angle: float) -> xr.DataArray:
         "alpha": xr.DataArray(np.clip(x[inside], alpha[0], alpha[-1]), dims="distance"),
         "beta": xr.DataArray(np.clip(y[inside], beta[0], beta[-1]), dims="distance"),
     }
-    found = values.sortby(list(POINT)).interp(where, method="linear")
+    found = values.sortby(list(GRID)).interp(where, method="linear")
     return found.assign_coords(distance=distance).assign_attrs(values.attrs)
 
 
@@ -235,14 +240,14 @@ def radial_profile(values: xr.DataArray) -> xr.Dataset:
     """
     cells = _per_prompt_array(values)
     radii, index = shells(cells["alpha"].values, cells["beta"].values)
-    matrix = cells.stack(point=list(POINT)).transpose("point", "prompt", ...).values
+    matrix = cells.stack(point=list(GRID)).transpose("point", "prompt", ...).values
     counts = np.bincount(index)
     means = np.full((len(radii), *matrix.shape[1:]), np.nan)
     for shell in range(len(radii)):
         rows = matrix[index == shell]
         count = (~np.isnan(rows)).sum(0)
         means[shell] = np.where(count > 0, np.nansum(rows, axis=0) / np.maximum(count, 1), np.nan)
-    dims = ("radius", "prompt", *[d for d in cells.dims if d not in (*POINT, "prompt")])
+    dims = ("radius", "prompt", *[d for d in cells.dims if d not in (*GRID, "prompt")])
     profile = xr.DataArray(means, dims=dims, coords={"radius": radii}, attrs=values.attrs, name=values.name)
     result = point_mean(profile)
     result["points"] = ("radius", counts, {"long_name": "grid points at this radius", "units": "1"})

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.datasets import POINT, RunFile, check_same_design, list_run, open_landscape
+from rlvr_landscape_analysis.datasets import RunFile, check_same_design, list_run, open_landscape
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import (
-    THRESHOLD,
     pass_at_k,
     per_prompt,
     point_mean,
@@ -23,6 +22,19 @@ from rlvr_landscape_analysis.landscape import (
     surrogate,
 )
 from rlvr_landscape_analysis.results import RunAnalysis
+from rlvr_landscape_analysis.schema import (
+    BASE_FILE,
+    DIRECTION_ATTRIBUTE,
+    GRID,
+    PROGRESSIVE,
+    PROMPT,
+    PROMPTS_SHA256,
+    REWARD_MODE,
+    SOLVED,
+    VERIFIER,
+    grid_name,
+    paid_by,
+)
 from rlvr_landscape_analysis.statistics.claims import all_claims
 from rlvr_landscape_analysis.statistics.correlation import correlations
 from rlvr_landscape_analysis.statistics.curvature import quadratic_fit
@@ -50,7 +62,7 @@ def analyse_run(
     *,
     bootstrap: Bootstrap | None = None,
     steps: Iterable[int] | None = None,
-    threshold: float = THRESHOLD,
+    threshold: float = SOLVED,
     level: float = 0.05,
     progress: Callable[[str], None] | None = None,
 ) -> RunAnalysis:
@@ -73,7 +85,7 @@ def analyse_run(
     notes = [f"Unfinished and left out: {line}." for line in unfinished]
     designs = [_design(file) for file in files]
     check_same_design(designs, [str(file.path) for file in files])
-    prompts = [design.sizes["prompt"] for design in designs]
+    prompts = [design.sizes[PROMPT] for design in designs]
     if len(set(prompts)) > 1:
         settings = replace(settings, largest=max(prompts))
         notes.append(
@@ -94,10 +106,10 @@ def _design(file: RunFile) -> xr.Dataset:
         for name, value in (("step", file.step), ("slice_seed", file.slice_seed)):
             if name not in data.coords or int(data[name]) != value:
                 raise AnalysisError(f"{file.path}: its coordinate {name!r} does not agree with its name")
-        kept = ("prompts_sha256", "reward_mode", "progressive")
+        kept = (PROMPTS_SHA256, REWARD_MODE, PROGRESSIVE)
         return xr.Dataset(
             {name: ((), 0) for name in data.data_vars},
-            {name: data[name].values for name in (*POINT, "prompt")},
+            {name: data[name].values for name in (*GRID, PROMPT)},
             {name: data.attrs[name] for name in kept if name in data.attrs},
         )
 
@@ -137,10 +149,10 @@ def _grids(files: list[RunFile], designs: list[xr.Dataset], notes: list[str]) ->
 
 def _record(file: RunFile, design: xr.Dataset) -> dict[str, Any] | None:
     """What a progressive sweep says of itself; None where the dataset is of no such sweep."""
-    if "progressive" not in design.attrs:
+    if PROGRESSIVE not in design.attrs:
         return None
     try:
-        record = json.loads(design.attrs["progressive"])
+        record = json.loads(design.attrs[PROGRESSIVE])
     except ValueError as error:
         raise AnalysisError(f"{file.path}: its attribute 'progressive' is no JSON: {error}") from error
     if not isinstance(record, dict):
@@ -187,8 +199,8 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
     with open_landscape(file.path) as data:
         part.prompts, part.rollouts = data.sizes["prompt"], data.sizes["rollout"]
         reduced = per_prompt(data, threshold=threshold).load()
-    for axis in ("alpha", "beta"):
-        words = str(data.attrs.get(f"direction_{axis}", "random"))
+    for axis in GRID:
+        words = str(data.attrs.get(DIRECTION_ATTRIBUTE.format(axis=axis), "random"))
         if not words.startswith("random"):
             notes.append(
                 f"{where}: {axis} is no random direction ({words}), so each axis has a unit of its own, and the "
@@ -217,7 +229,7 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
     )
     part.profile = _profile(reduced)
     part.origin = reduced[["reward", "kl_k1", "rollouts", "successes"]].sel(alpha=[0.0], beta=[0.0])
-    base = file.path.parent / f"step{file.step:06d}_slice{file.slice_seed}" / "base.nc"
+    base = file.path.parent / grid_name(file.step, file.slice_seed) / BASE_FILE
     part.surprisal = token_surprisal(base) if base.is_file() else None
     return part
 
@@ -262,7 +274,7 @@ def _profile(reduced: xr.Dataset) -> xr.Dataset:
     found = {name: radial_profile(reduced[source]) for name, source in (("reward", "reward"), ("kl", "kl_k1"))}
     variables = {name: profile["mean"] for name, profile in found.items()}
     variables |= {f"{name}_se": profile["standard_error"] for name, profile in found.items()}
-    paid = {name: value for name, value in reduced.attrs.items() if name == "reward_mode"}
+    paid = {name: value for name, value in reduced.attrs.items() if name == REWARD_MODE}
     return xr.Dataset(variables | {"points": found["reward"]["points"]}, attrs=paid)
 
 
@@ -287,9 +299,9 @@ def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[st
         for name, value in exploitation.items():
             dims = ("bound",) if name.endswith("_interval") else ()
             series[f"exploitation_{name}"] = (dims, np.asarray(value))
-    mode = parts[0].map.attrs.get("reward_mode", "verifier")
-    if mode != "verifier":
-        curves.attrs["reward_mode"] = mode
+    mode = paid_by(parts[0].map.attrs)
+    if mode != VERIFIER:
+        curves.attrs[REWARD_MODE] = mode
         notes.append(f"Every reward is a control: {mode}, not the verifier's (reward_mode of the taskset).")
     claims = all_claims(tables, exploitation, gains, settings)
     return RunAnalysis(

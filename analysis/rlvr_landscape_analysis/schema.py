@@ -58,6 +58,12 @@ class Variable:
         }[self.family]
 
     @property
+    def attrs(self) -> dict[str, Any]:
+        """Its netCDF attributes."""
+        described = {"long_name": self.long_name, "units": self.units}
+        return described | ({"comment": self.comment} if self.comment else {}) | dict(self.attributes)
+
+    @property
     def of_point(self) -> bool:
         """Whether it is measured at each point."""
         return self.family != "base"
@@ -165,9 +171,28 @@ POINTS_FOLDER, TRACES_FOLDER = "points", "traces"
 """Inside a journal: one file per point, and its conversations."""
 DIRECTIONS_FOLDER = "directions"
 """Inside a sweep's output: the directions that servers do not draw themselves."""
+TOKEN_LOGPROB = "sampled_logprob"
+"""Variable of `base.nc`: log-probability of each sampled token as the sampler saw it, nat."""
 RUN_FILE, METRICS_FILE, EVALUATIONS_FILE = "run.json", "metrics.jsonl", "evaluations.jsonl"
 SNAPSHOTS_FOLDER = "snapshots"
 """Inside a training run's output."""
+
+METRIC_UNITS = MappingProxyType(
+    {"entropy": "nat", "kl_previous": "nat", "kl_base": "nat", "response_tokens": "token", "seconds": "s"}
+)
+"""Units of the numbers in a training run's journals; all others have the unit 1."""
+TASK_REWARDS = "task_rewards"
+"""Key of a held-out evaluation: mean reward per task, null where every episode failed."""
+
+PROMPTS_SHA256, PROGRESSIVE, SYNTHETIC = "prompts_sha256", "progressive", "synthetic"
+"""Attributes of a dataset: digest of its prompts, the record of a progressive sweep as JSON, and, only where the values
+were computed instead of measured, the name of the truth behind them."""
+DIRECTION_ATTRIBUTE = "direction_{axis}"
+"""Attribute that says which direction an axis follows."""
+REWARD_MODE = "reward_mode"
+"""Option of a taskset's table `task`, and attribute of datasets whose rewards are a control."""
+VERIFIER = "verifier"
+"""The reward mode of a taskset that pays what its verifier says, and of one that has no such option."""
 
 LANDSCAPE_FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
 """Dataset of one snapshot and slice of the design `grid`: step and seed of the slice."""
@@ -175,6 +200,16 @@ GRID_JOURNAL = re.compile(r"step(\d+)_slice(-?\d+)$")
 """Its journal's directory."""
 GRID_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+)?\.nc")
 """A point in that journal, and a portion of one."""
+
+
+def reward_mode(taskset: Mapping[str, Any]) -> str:
+    """What pays an episode of a taskset with these options (`env.taskset` of a configuration)."""
+    return str(taskset.get("task", {}).get(REWARD_MODE, VERIFIER))
+
+
+def paid_by(attributes: Mapping[Any, Any]) -> str:
+    """What paid the rewards of a dataset with these attributes."""
+    return str(attributes.get(REWARD_MODE, VERIFIER))
 
 
 def grid_name(step: int, slice_seed: int) -> str:

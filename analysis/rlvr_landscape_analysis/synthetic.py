@@ -13,11 +13,10 @@ import numpy as np
 import xarray as xr
 
 from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.schema import GRID, PROMPT, PROMPTS_SHA256, ROLLOUT, SCHEMA, SYNTHETIC, landscape_file
 
 LEVELS = 4
 """A synthetic reward is one of 0, 1/4, … 1."""
-
-_DIMS = ("alpha", "beta", "prompt", "rollout")
 
 
 @dataclass(frozen=True)
@@ -142,40 +141,30 @@ def landscape(
     at_origin = (x == 0) & (y == 0)
     kl[at_origin] = 0.0
     entropy = (0.2 + 0.15 * (x**2 + y**2))[..., None, None] * rng.gamma(20, 1 / 20, (nx, ny, prompts, rollouts))
-    full = {
-        "reward": (solved / LEVELS, "verifier reward of a fresh rollout", "1"),
-        "kl_k1": (kl, "KL divergence from the checkpoint policy, estimator k1, per checkpoint completion", "nat"),
-        "kl_k3": (
-            np.maximum(np.expm1(-np.clip(kl, -20, 20) / 9) * 9 + kl, 0),
-            "KL divergence from the checkpoint policy, estimator k3, per checkpoint completion",
-            "nat",
-        ),
-        "surrogate": (surrogate, "clipped GRPO objective of a checkpoint completion, summed over its tokens", "1"),
-        "entropy": (entropy, "mean surprisal of a fresh rollout's own tokens, nat per token", "nat"),
-        "truncated": (rng.random(kl.shape) < 0.01, "whether a length limit cut a fresh rollout (0 or 1)", "1"),
-    }
-    base = {
-        "base_reward": (solved[nx // 2, ny // 2] / LEVELS, "reward of the checkpoint's own rollout", "1"),
-        "base_advantage": (advantage, "group-relative advantage", "1"),
-        "base_tokens": (tokens, "sampled tokens", "token"),
+    values = {
+        "reward": solved / LEVELS,
+        "kl_k1": kl,
+        "kl_k3": np.maximum(np.expm1(-np.clip(kl, -20, 20) / 9) * 9 + kl, 0),
+        "surrogate": surrogate,
+        "entropy": entropy,
+        "truncated": rng.random(kl.shape) < 0.01,
+        "base_reward": solved[nx // 2, ny // 2] / LEVELS,
+        "base_advantage": advantage,
+        "base_tokens": tokens,
     }
     variables = {
-        name: (_DIMS, value.astype("f4"), {"long_name": long_name, "units": units})
-        for name, (value, long_name, units) in full.items()
-    } | {
-        name: (_DIMS[2:], value.astype("f4"), {"long_name": long_name, "units": units})
-        for name, (value, long_name, units) in base.items()
+        name: (SCHEMA[name].dims(GRID), value.astype(SCHEMA[name].dtype), SCHEMA[name].attrs)
+        for name, value in values.items()
     }
-    variables["truncated"] = (_DIMS, full["truncated"][0].astype("i1"), {"long_name": full["truncated"][1]})
     coords = {
         "alpha": ("alpha", alphas, {"long_name": "coordinate along direction δ", "units": "1"}),
         "beta": ("beta", betas, {"long_name": "coordinate along direction η", "units": "1"}),
-        "prompt": np.arange(prompts),
-        "rollout": np.arange(rollouts),
+        PROMPT: np.arange(prompts),
+        ROLLOUT: np.arange(rollouts),
         "step": step,
         "slice_seed": slice_seed,
     }
-    attrs = {"synthetic": shape, "synthetic_seed": seed, "prompts_sha256": f"synthetic {seed} {prompts}"}
+    attrs = {SYNTHETIC: shape, "synthetic_seed": seed, PROMPTS_SHA256: f"synthetic {seed} {prompts}"}
     return xr.Dataset(variables, coords, attrs)
 
 
@@ -194,7 +183,7 @@ def write_run(path, steps=(0, 1, 10), slices=(0,), **options) -> list:
         for slice_seed in slices:
             one = shape if isinstance(shape, str) else shape[step]
             data = landscape(one, step=step, slice_seed=slice_seed, **options)
-            target = root / f"landscape_step{step:06d}_slice{slice_seed}.nc"
+            target = root / landscape_file(step, slice_seed)
             data.to_netcdf(target, engine="netcdf4", encoding={n: {"zlib": True} for n in data.data_vars})
             written.append(target)
     return written

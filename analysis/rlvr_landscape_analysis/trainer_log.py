@@ -20,8 +20,15 @@ import xarray as xr
 from scipy import stats
 
 from rlvr_landscape_analysis.errors import AnalysisError
-
-_UNITS = {"entropy": "nat", "kl_previous": "nat", "kl_base": "nat", "response_tokens": "tokens", "seconds": "s"}
+from rlvr_landscape_analysis.schema import (
+    EVALUATIONS_FILE,
+    METRIC_UNITS,
+    METRICS_FILE,
+    REWARD_MODE,
+    RUN_FILE,
+    TASK_REWARDS,
+    reward_mode,
+)
 
 
 def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
@@ -31,19 +38,19 @@ def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
     held-out evaluation), `task`, `bound` (low, high). Variables of the looks: `task_reward` (look, task), mean reward
     per held-out task; `held_out` its mean; `gain` over the first look, paired by task, with `gain_interval`, Student's
     t at `level`; `held_out_entropy`, nat per token; `pass_<k>`. Attributes: `run`, `objective`, `reward_mode` of the
-    tasks trained on (see `reward_mode`), `level`, `tasks`.
+    tasks trained on (see `schema.reward_mode`), `level`, `tasks`.
 
     Raises `AnalysisError` where a file is missing, damaged, or lacks step 0.
     """
     root = Path(path)
-    identity = _json(root / "run.json")
+    identity = _json(root / RUN_FILE)
     configuration = identity.get("configuration", {})
-    looks = _lines(root / "evaluations.jsonl")
-    lines = _lines(root / "metrics.jsonl")
+    looks = _lines(root / EVALUATIONS_FILE)
+    lines = _lines(root / METRICS_FILE)
     if not looks or looks[0].get("step") != 0:
         raise AnalysisError(f"{root / 'evaluations.jsonl'} has no evaluation of step 0, to which gains are compared")
     try:
-        rewards = np.array([look["task_rewards"] for look in looks], dtype=np.float64)
+        rewards = np.array([look[TASK_REWARDS] for look in looks], dtype=np.float64)
         steps = [int(line["step"]) for line in lines]
         at = [int(look["step"]) for look in looks]
     except (KeyError, TypeError, ValueError) as error:
@@ -60,7 +67,7 @@ def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
         attrs={
             "run": str(identity.get("id", "")),
             "objective": str(configuration.get("objective", {}).get("name", "")),
-            "reward_mode": reward_mode(configuration.get("env", {}).get("taskset", {})),
+            REWARD_MODE: reward_mode(configuration.get("env", {}).get("taskset", {})),
             "level": level,
             "tasks": int(rewards.shape[1]),
         },
@@ -73,15 +80,10 @@ def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
     for key in looks[0]:
         if key.startswith("pass_"):
             found[key] = ("look", np.array([_number(look.get(key)) for look in looks]))
-    for key, unit in _UNITS.items():
+    for key, unit in METRIC_UNITS.items():
         if key in found:
             found[key].attrs["units"] = unit
     return found
-
-
-def reward_mode(taskset: Mapping[str, Any]) -> str:
-    """What pays an episode of a taskset with these options (`env.taskset`): `task.reward_mode`, else `verifier`."""
-    return str(taskset.get("task", {}).get("reward_mode", "verifier"))
 
 
 def _is_number(value: Any) -> bool:

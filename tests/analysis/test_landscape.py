@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rlvr_landscape_analysis import AnalysisError, synthetic
 from rlvr_landscape_analysis.datasets import list_run
 from rlvr_landscape_analysis.landscape import shells
+from rlvr_landscape_analysis.schema import BASE_ROLLOUT, SCHEMA
 from scipy import stats
 from scipy.interpolate import RegularGridInterpolator
 
@@ -52,6 +53,21 @@ def test_reduced_and_raw_datasets_give_the_same(data):
         xr.testing.assert_allclose(data.landscape.mean(name), reduced.landscape.mean(name))
     xr.testing.assert_allclose(data.landscape.surrogate(), reduced.landscape.surrogate())
     xr.testing.assert_allclose(data.landscape.pass_at_k(3), reduced.landscape.pass_at_k(3))
+
+
+def test_the_checkpoint_may_have_more_rollouts_than_a_point():
+    whole = synthetic.landscape("mixed", points=(5, 3), prompts=20, rollouts=6, seed=3)
+    own = [name for name, one in SCHEMA.items() if name in whole and one.family in ("completion", "base")]
+    fresh = [name for name in whole.data_vars if name not in own]
+    data = xr.merge([whole[own].rename(rollout=BASE_ROLLOUT), whole[fresh].isel(rollout=slice(4))])
+    assert data["kl_k1"].sizes[BASE_ROLLOUT] == 6
+    assert data.sizes["rollout"] == 4
+    xr.testing.assert_allclose(data.landscape.surrogate(), whole.landscape.surrogate())
+    xr.testing.assert_allclose(data.landscape.kl(), whole.landscape.kl())
+    xr.testing.assert_allclose(data.landscape.mean("reward"), rla.point_mean(whole["reward"].isel(rollout=slice(4))))
+    reduced = data.landscape.per_prompt()
+    assert reduced.attrs["rollouts"] == 4
+    assert BASE_ROLLOUT not in reduced.dims
 
 
 @given(n=st.integers(1, 9), c=st.integers(0, 9), k=st.integers(1, 9))

@@ -14,7 +14,6 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from rlvr_landscape_analysis.datasets import POINT
 from rlvr_landscape_analysis.figures.style import (
     MISSING_EDGE,
     MISSING_FACE,
@@ -23,6 +22,7 @@ from rlvr_landscape_analysis.figures.style import (
     say_missing,
 )
 from rlvr_landscape_analysis.figures.values import label_of, plane, require
+from rlvr_landscape_analysis.schema import DIRECTION_ATTRIBUTE, GRID
 
 MISSING_NOTE = "crossed grey: not measured"
 
@@ -38,13 +38,13 @@ def edges(values: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def borders(map_: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Cell borders along α and β."""
-    alpha, beta = (map_[axis].values.astype(float) for axis in POINT)
+    alpha, beta = (map_[axis].values.astype(float) for axis in GRID)
     return edges(alpha, beta), edges(beta, alpha)
 
 
 def image_aspect(map_: xr.Dataset) -> float:
     """Height by width of the map's image."""
-    alpha, beta = (np.sort(np.atleast_1d(map_[axis].values).astype(float)) for axis in POINT)
+    alpha, beta = (np.sort(np.atleast_1d(map_[axis].values).astype(float)) for axis in GRID)
     return float(np.ptp(edges(beta, alpha)) / np.ptp(edges(alpha, beta)))
 
 
@@ -94,10 +94,10 @@ def add_colorbar(ax: Axes, mesh: Any, label: str) -> Any:
 def frame(ax: Axes, map_: xr.Dataset) -> None:
     """Limits, equal aspect, ticks and labels of a slice."""
     for axis, name, values, bounds in zip(
-        (ax.xaxis, ax.yaxis), ("α", "β"), (map_[a].values for a in POINT), borders(map_), strict=True
+        (ax.xaxis, ax.yaxis), ("α", "β"), (map_[a].values for a in GRID), borders(map_), strict=True
     ):
         direction, of = ("δ", "alpha") if name == "α" else ("η", "beta")
-        words = re.split(r"; | of ", str(map_.attrs.get(f"direction_{of}", "random")))[0]
+        words = re.split(r"; | of ", str(map_.attrs.get(DIRECTION_ATTRIBUTE.format(axis=of), "random")))[0]
         axis.set_label_text(f"step along {direction}, {name}" if words.startswith("random") else f"{words}: {name}")
         if len(values) == 1:
             axis.set_label_text(name)
@@ -149,7 +149,7 @@ def draw_contours(ax: Axes, map_: xr.Dataset, levels: list[float] | None = None,
     levels = [level for level in levels if len(finite) and finite.min() < level < finite.max()]
     if min(kl.shape) < 2 or not levels:
         return None
-    alpha, beta = (map_[axis].values for axis in POINT)
+    alpha, beta = (map_[axis].values for axis in GRID)
     lines = ax.contour(alpha, beta, kl, levels=levels, colors="white", linewidths=0.8)
     lines.set_path_effects(halo())
     for text in ax.clabel(lines, fmt=lambda value: f"{value:g}", fontsize=6, inline_spacing=2):

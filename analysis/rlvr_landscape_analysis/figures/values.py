@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.datasets import POINT, check_landscape
+from rlvr_landscape_analysis.datasets import check_landscape
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import (
     difference_from_origin,
@@ -19,6 +19,7 @@ from rlvr_landscape_analysis.landscape import (
     radius,
     surrogate,
 )
+from rlvr_landscape_analysis.schema import GRID, VERIFIER, paid_by
 
 Maps = xr.Dataset | Mapping[Any, xr.Dataset] | Iterable[xr.Dataset]
 """One map or dataset (also with dims step, slice_seed), several, or a mapping from (step, slice_seed) or step."""
@@ -97,17 +98,17 @@ def as_map(data: xr.Dataset, names: Iterable[str] = ("reward", "kl")) -> xr.Data
     several = [name for name in ("step", "slice_seed") if name in data.dims]
     if several:
         raise AnalysisError(f"one map is drawn here, the dataset has several along {several}; select one, as in .sel()")
-    absent = [axis for axis in POINT if axis not in data.coords]
+    absent = [axis for axis in GRID if axis not in data.coords]
     if absent:
         raise AnalysisError(f"the dataset has no coordinate {' and no '.join(absent)}; give a map or a landscape")
-    lacking = [axis for axis in POINT if axis not in data.dims]
+    lacking = [axis for axis in GRID if axis not in data.dims]
     if lacking:
         data = data.expand_dims(lacking)
     if "prompt" not in data.dims:
         if "reward" not in data:
             raise AnalysisError(f"the dataset is no map: it has no 'reward', but {', '.join(map(str, data.data_vars))}")
-        return data.sortby(list(POINT))
-    return _reduce(data, list(names)).sortby(list(POINT))
+        return data.sortby(list(GRID))
+    return _reduce(data, list(names)).sortby(list(GRID))
 
 
 def _reduce(data: xr.Dataset, names: list[str]) -> xr.Dataset:
@@ -137,13 +138,13 @@ def _reduce(data: xr.Dataset, names: list[str]) -> xr.Dataset:
 
 
 def _has_origin(data: xr.Dataset) -> bool:
-    return all(bool((data[axis] == 0).any()) for axis in POINT)
+    return all(bool((data[axis] == 0).any()) for axis in GRID)
 
 
 def plane(map_: xr.Dataset, name: str) -> np.ndarray:
     """Values as an image, shape (beta, alpha): rows are y, so that α lies on the horizontal axis."""
     values = map_[name]
-    if set(values.dims) != set(POINT):
+    if set(values.dims) != set(GRID):
         raise AnalysisError(f"{name!r} has dims {values.dims}, expected (alpha, beta)")
     return values.transpose("beta", "alpha").values.astype(float)
 
@@ -178,8 +179,8 @@ def label_of(map_: xr.Dataset, name: str) -> str:
 
 def reward_label(attrs: Mapping[Any, Any]) -> str:
     """Label of the mean reward; a control (`reward_mode` other than the verifier's) is named."""
-    mode = attrs.get("reward_mode", "verifier")
-    return LABELS["reward"] if mode == "verifier" else f"mean {mode} reward (a control)"
+    mode = paid_by(attrs)
+    return LABELS["reward"] if mode == VERIFIER else f"mean {mode} reward (a control)"
 
 
 def heading(map_: xr.Dataset, *, size: bool = True) -> str:
@@ -187,6 +188,6 @@ def heading(map_: xr.Dataset, *, size: bool = True) -> str:
     parts = [f"{word} {int(map_[name])}" for name, word in (("step", "step"), ("slice_seed", "slice")) if name in map_]
     if size and {"prompts", "rollouts"} <= set(map_.attrs):
         parts.append(f"{map_.attrs['prompts']} prompts × {map_.attrs['rollouts']} rollouts")
-    if map_.attrs.get("reward_mode", "verifier") != "verifier":
-        parts.append(f"{map_.attrs['reward_mode']} reward")
+    if paid_by(map_.attrs) != VERIFIER:
+        parts.append(f"{paid_by(map_.attrs)} reward")
     return ", ".join(parts)

@@ -34,6 +34,7 @@ from rlvr_landscape_analysis.report.recipes import Key, Recipe, recipes
 from rlvr_landscape_analysis.report.table import NOT_DEFINED, WRITERS, Column, Table, write_tables, write_whole
 from rlvr_landscape_analysis.report.tables import all_tables
 from rlvr_landscape_analysis.results import Claim, RunAnalysis
+from rlvr_landscape_analysis.schema import PROMPTS_SHA256, SYNTHETIC, VERIFIER, landscape_file, paid_by
 
 INLINE_DPI = 150
 MAX_LANDSCAPES = 12
@@ -79,7 +80,7 @@ def write_report(
 
 def landscape_name(key: Key) -> str:
     """Name of a landscape's files, as a sweep names its dataset."""
-    return f"landscape_step{key[0]:06d}_slice{key[1]}"
+    return landscape_file(*key).removesuffix(".nc")
 
 
 def shown_landscapes(keys: Sequence[Key], most: int = MAX_LANDSCAPES) -> list[Key]:
@@ -378,14 +379,14 @@ def summary(analysis: RunAnalysis) -> str:
 
 
 def _warnings(analysis: RunAnalysis) -> Iterator[str]:
-    made = sorted({str(m.attrs["synthetic"]) for m in analysis.maps.values() if "synthetic" in m.attrs})
+    made = sorted({str(m.attrs[SYNTHETIC]) for m in analysis.maps.values() if SYNTHETIC in m.attrs})
     if made:
         yield (
             '<p class="warning"><b>Synthetic data.</b> These landscapes were computed, not measured on a model '
             f"({escape(', '.join(made))}).</p>"
         )
-    paid = sorted({str(m.attrs["reward_mode"]) for m in analysis.maps.values() if "reward_mode" in m.attrs})
-    if paid and paid != ["verifier"]:
+    paid = sorted({paid_by(m.attrs) for m in analysis.maps.values()} - {VERIFIER})
+    if paid:
         yield (
             f'<p class="warning"><b>Control.</b> Every reward here is {escape(", ".join(paid))}, '
             "not the verifier's.</p>"
@@ -489,7 +490,7 @@ _FIRST = (
     "snapshot_name",
     "snapshot_sha256",
     "configuration_sha256",
-    "prompts_sha256",
+    PROMPTS_SHA256,
     "taskset",
     "prompts",
     "rollouts",

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlvr_landscape_analysis import figures as drawing
 from rlvr_landscape_analysis.results import RunAnalysis
+from rlvr_landscape_analysis.schema import grid_name
 
 MAX_SLICES = 3
 """Rows of a figure of panels."""
@@ -95,7 +96,7 @@ def recipes(analysis: RunAnalysis) -> list[Recipe]:
 
 def _snapshot_recipes(analysis: RunAnalysis, key: Key) -> list[Recipe]:
     values = analysis.maps[key]
-    at, tail = f"step {key[0]}, slice {key[1]}", f"step{key[0]:06d}_slice{key[1]}"
+    at, tail = f"step {key[0]}, slice {key[1]}", grid_name(*key)
     found = [
         Recipe(
             f"scatter_{tail}",

@@ -12,6 +12,7 @@ from scipy.special import stdtrit
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import pass_at_k_cells, per_prompt
 from rlvr_landscape_analysis.results import BOUNDS
+from rlvr_landscape_analysis.schema import PROGRESSIVE, TOKEN_LOGPROB
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap, centred_interval
 from rlvr_landscape_analysis.statistics.training import mean_interval, time_axis
 
@@ -110,7 +111,7 @@ def crossing(first: xr.Dataset, last: xr.Dataset, *, level: float = 0.95) -> xr.
     origins = [per_prompt(data).sel(alpha=[0.0], beta=[0.0]) for data in (first, last)]
     prompts = [origin.sizes["prompt"] for origin in origins]
     if prompts[0] != prompts[1]:
-        if not all("progressive" in origin.attrs for origin in origins):
+        if not all(PROGRESSIVE in origin.attrs for origin in origins):
             raise AnalysisError("the two snapshots have different numbers of prompts and cannot be paired")
         origins = [origin.isel(prompt=slice(min(prompts))) for origin in origins]
     top = min(int(origin.attrs["rollouts"]) for origin in origins)
@@ -215,9 +216,9 @@ def token_surprisal(base: str | Path) -> xr.Dataset:
     """
     try:
         with xr.open_dataset(base, engine="netcdf4", decode_cf=False) as data:
-            if "sampled_logprob" not in data:
-                raise AnalysisError(f"{base} holds no log-probabilities per token ('sampled_logprob')")
-            surprisal = -data["sampled_logprob"].values.astype(float)
+            if TOKEN_LOGPROB not in data:
+                raise AnalysisError(f"{base} holds no log-probabilities per token ({TOKEN_LOGPROB!r})")
+            surprisal = -data[TOKEN_LOGPROB].values.astype(float)
     except (OSError, ValueError) as error:
         if isinstance(error, AnalysisError):
             raise

@@ -12,10 +12,10 @@ import numpy as np
 import xarray as xr
 from scipy.special import stdtr, stdtrit
 
-from rlvr_landscape_analysis.datasets import POINT
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import per_prompt
 from rlvr_landscape_analysis.results import BOUNDS
+from rlvr_landscape_analysis.schema import GRID
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap, Cells, cells, centred_interval
 
 SPLITS = 64
@@ -213,13 +213,13 @@ def _grid(data: xr.Dataset, matrices: Cells, values: np.ndarray, long_name: str)
     """Values of the used points as a map; points that were left out are missing."""
     full = xr.DataArray(
         np.full((data.sizes["alpha"], data.sizes["beta"]), np.nan),
-        dims=POINT,
-        coords={name: data[name] for name in POINT},
+        dims=GRID,
+        coords={name: data[name] for name in GRID},
         attrs={"long_name": long_name, "units": "1"},
     )
     rows = np.searchsorted(np.sort(data["alpha"].values), matrices.alpha)
     columns = np.searchsorted(np.sort(data["beta"].values), matrices.beta)
-    orders = [np.argsort(data[name].values) for name in POINT]
+    orders = [np.argsort(data[name].values) for name in GRID]
     full.values[orders[0][rows], orders[1][columns]] = values
     return full
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.datasets import NEEDED, POINT, check_landscape
+from rlvr_landscape_analysis.datasets import NEEDED, check_landscape
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import per_prompt, shells
+from rlvr_landscape_analysis.schema import GRID
 from rlvr_landscape_analysis.statistics.correlation import correlations
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 
@@ -165,7 +166,7 @@ def look(
     if not 0 <= design.level < len(levels):
         raise AnalysisError(f"level {design.level} does not exist; this grid has levels 0 to {len(levels) - 1}")
     check_landscape(data)
-    for name, axis, index in zip(POINT, axes, levels[design.level], strict=True):
+    for name, axis, index in zip(GRID, axes, levels[design.level], strict=True):
         if not np.array_equal(data[name].values, axis[index]):
             raise AnalysisError(
                 f"level {design.level} has {name} at {axis[index].tolist()}, the data at {data[name].values.tolist()}"
@@ -189,16 +190,16 @@ def interpolated(reduced: xr.Dataset, alphas: np.ndarray, betas: np.ndarray) -> 
     Splines along each axis, cubic where it has four points or more: a linear map, exact at the measured points. A
     prompt that is missing at one point is missing at all. Attributes and scalar coordinates are kept.
     """
-    axes = dict(zip(POINT, (alphas, betas), strict=True))
+    axes = dict(zip(GRID, (alphas, betas), strict=True))
     if all(np.array_equal(reduced[name].values, axis) for name, axis in axes.items()):
         return reduced
     first, second = (_spline(reduced[name].values, axis) for name, axis in axes.items())
     variables = {}
     for name, values in reduced.data_vars.items():
-        if {*POINT, "prompt"} == set(values.dims):
-            block = np.tensordot(first, values.transpose(*POINT, "prompt").values, axes=1)
-            variables[name] = ((*POINT, "prompt"), np.matmul(second, block), values.attrs)
-    kept = {name: value for name, value in reduced.coords.items() if name not in POINT}
+        if {*GRID, "prompt"} == set(values.dims):
+            block = np.tensordot(first, values.transpose(*GRID, "prompt").values, axes=1)
+            variables[name] = ((*GRID, "prompt"), np.matmul(second, block), values.attrs)
+    kept = {name: value for name, value in reduced.coords.items() if name not in GRID}
     return xr.Dataset(variables, kept | axes, reduced.attrs)
 
 
@@ -221,7 +222,7 @@ def _allowance(
     """How far `value`, of the last of `levels`, may lie from that of the full grid; or why that cannot be told."""
     if len(levels) < 2:
         return math.nan, "the coarsest level has none to compare with"
-    kept = {name: np.isin(*pair) for name, pair in zip(POINT, zip(*levels[-1:-3:-1], strict=True), strict=True)}
+    kept = {name: np.isin(*pair) for name, pair in zip(GRID, zip(*levels[-1:-3:-1], strict=True), strict=True)}
     rough, *_, reason = _value(interpolated(reduced.isel(kept), *axes), statistic, Bootstrap(resamples=100))
     return SHARE * abs(value - rough), reason
 

@@ -14,9 +14,9 @@ import numpy as np
 import xarray as xr
 from scipy.special import ndtri, stdtrit
 
-from rlvr_landscape_analysis.datasets import POINT
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import per_prompt, shells
+from rlvr_landscape_analysis.schema import GRID
 
 MIN_PROMPTS = 8
 """With fewer prompts no interval is given: resampling so few units means nothing."""
@@ -134,7 +134,7 @@ def cells(data: xr.Dataset, names: dict[str, str]) -> Cells:
     _, shell = shells(alpha, beta)
     stacked = {
         label: np.ascontiguousarray(
-            reduced[variable].transpose(*POINT, "prompt").values.reshape(len(grid_alpha), -1), dtype=np.float64
+            reduced[variable].transpose(*GRID, "prompt").values.reshape(len(grid_alpha), -1), dtype=np.float64
         )
         for label, variable in names.items()
     }

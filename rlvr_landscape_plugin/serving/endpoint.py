@@ -38,6 +38,7 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from rlvr_landscape_plugin.serving import versions
 from rlvr_landscape_plugin.serving.protocol import (
     MAX_BODY_BYTES,
     MOVE_PATH_VARIABLE,
@@ -194,7 +195,7 @@ class LandscapeEndpoint:
             before = (self._state, self._at)
             self._state = "moving"
             try:
-                await self._pause()
+                await versions.pause(self._engine, readers=self._reading > 0)
                 clock.append(time.perf_counter())
                 await self._engine.start_weight_update()
                 reports = await self._with_reports(
@@ -210,7 +211,7 @@ class LandscapeEndpoint:
                     raise RuntimeError(failed)
                 at = before[1] if failed else (call.alpha, call.beta)
                 version = f"{loaded['snapshot_sha256'][:12]}/{loaded['slice'].get('seed')}/{at}/{uuid.uuid4().hex[:8]}"
-                await self._engine.finish_weight_update(version)
+                await versions.finish_update(self._engine, version)
                 if not await self._engine.reset_prefix_cache():
                     raise RuntimeError("vLLM did not empty its prefix cache (requests still hold blocks)")
                 clock.append(time.perf_counter())
@@ -230,17 +231,6 @@ class LandscapeEndpoint:
             clock.append(time.perf_counter())
             seconds = dict(zip(("pause", "write", "reset", "resume"), np.diff(clock).tolist(), strict=True))
             return JSONResponse({**self._standing(), "realised_step": _realised_step(reports), "seconds": seconds})
-
-    async def _pause(self) -> None:
-        """Wait for the requests in flight and hold the others.
-
-        vLLM's own pause sleeps for 20 ms afterwards, so that outputs reach their readers first; that is left out when
-        nobody reads here.
-        """
-        if self._reading:
-            await self._engine.pause_generation(mode="wait", clear_cache=False)
-        else:
-            await self._engine.engine_core.pause_scheduler_async(mode="wait", clear_cache=False)
 
     async def _with_reports(self, call: Callable[[str], Awaitable[Any]]) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="rlvr-landscape-") as folder:
@@ -281,8 +271,8 @@ class LandscapeEndpoint:
             output = await self._last(unpack_ids(item.prompt).tolist(), params)
             completion = output.outputs[0]
             tokens = np.asarray(completion.token_ids, dtype=np.int32)
-            spans = getattr(completion, "weight_versions", None) or ()
-            if any(span.version != version for span in spans) or version != self._version:
+            spans = versions.sampled_versions(completion)
+            if any(other != version for other in spans) or version != self._version:
                 raise RuntimeError("the weights changed while this completion was sampled")
             logprobs = _flat(completion.logprobs, tokens)
             return {"tokens": pack(tokens), "logprobs": pack(logprobs), "finish": completion.finish_reason}

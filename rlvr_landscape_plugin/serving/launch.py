@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import secrets
@@ -28,6 +27,7 @@ import aiohttp
 
 from rlvr_landscape_plugin.config import LaunchConfig, ServerConfig, load_config
 from rlvr_landscape_plugin.errors import ServerError, run_cli
+from rlvr_landscape_plugin.serving import versions
 from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, ROOTS_VARIABLE, TOKEN_VARIABLE
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
@@ -120,11 +120,11 @@ async def local_server(
 ) -> AsyncIterator[LocalServer]:
     """A running server for the policy in `model`, which may read snapshots below `roots`.
 
-    Raises `ServerError` if vLLM is not installed, the port is taken, the process ends early or does not answer within
-    `config.start_timeout`; the message ends with the last lines of `log`.
+    Raises `ServerError` if vLLM is not installed or not one that the plugin works in (versions.py), the port is taken,
+    the process ends early or does not answer within `config.start_timeout`; the message ends with the last lines of
+    `log`.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ServerError("vLLM is not installed; run `make setup`, or install the extra rlvr-landscape[cpu] or [gpu]")
+    versions.require()
     port = config.port if config.port is not None else free_port()
     if _port_in_use(port):
         raise ServerError(f"port {port} on {HOST} is in use; choose another with --server.port, or leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ from conftest import POLICY
 from safetensors.torch import load_file
 
 from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, scaled_direction
+from rlvr_landscape_plugin.serving import versions
 from rlvr_landscape_plugin.serving.launch import free_port
 from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, MOVE_PATH_VARIABLE
 from rlvr_landscape_plugin.serving.worker import kernel_layout
@@ -71,6 +73,7 @@ def engine(tmp_path, monkeypatch) -> LandscapeEngine:
     # The stub has no layers to reload layer by layer; vLLM's own path runs in test_server.py.
     monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda model: None)
     monkeypatch.setattr(reload, "finalize_layerwise_reload", lambda model, config: None)
+    monkeypatch.setattr(versions, "worker_config", lambda config: contextlib.nullcontext())
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(rank=0),
         model_config=SimpleNamespace(model=str(POLICY), dtype=torch.float32, enforce_eager=True),

@@ -31,11 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 
 from rlvr_landscape_plugin.directions import (
     AXES,
@@ -46,6 +41,7 @@ from rlvr_landscape_plugin.directions import (
     open_direction,
     scaled_direction,
 )
+from rlvr_landscape_plugin.serving import versions
 from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
 from rlvr_landscape_plugin.serving.worker import memory
 from rlvr_landscape_plugin.serving.worker.kernel_layout import (
@@ -59,6 +55,16 @@ from rlvr_landscape_plugin.serving.worker.kernel_layout import (
 )
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot, read_tensor
 
+try:
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+except ImportError:
+    versions.require()  # says what is wrong with this vLLM
+    raise
+
 logger = logging.getLogger("vllm.rlvr_landscape")
 
 BACKEND = "landscape"
@@ -67,7 +73,15 @@ _CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`; safe to call any number of times in one process."""
+    """Entry point of `vllm.general_plugins`; safe to call any number of times in one process.
+
+    In a vLLM that the plugin does not work in, only the log says so: the server may be one that needs no landscape.
+    """
+    try:
+        versions.require()
+    except versions.UnsupportedVllmError as error:
+        logger.error("no weight engine %r in this server: %s", BACKEND, error)
+        return
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     try:
@@ -287,7 +301,7 @@ class _State:
         return sum(t.nbytes for pair in (self.how.held or {}).values() for t in pair if t.device.type == "cpu")
 
 
-class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
+class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, MoveRequest]):
     """One per worker. `init_transfer_engine` takes a slice in, `update_weights` moves."""
 
     init_info_cls = LoadRequest
@@ -537,17 +551,18 @@ class LandscapeEngine(WeightTransferEngine[LoadRequest, MoveRequest]):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         stats = MoveStats()
-        initialize_layerwise_reload(self.model)
-        try:
-            tensors = slice_.at(alpha, beta, self.model_config.dtype, stats)
-            loader: Any = self.model.load_weights
-            loader((name, tensor.to(self.device)) for name, tensor in tensors)
-        finally:
-            finalize_layerwise_reload(self.model, self.model_config)
-        if self._plain:
-            self._keep_plain()
-        elif self.device.type == "cpu":
-            _repack_shared(self.model)
+        with versions.worker_config(self.vllm_config):
+            initialize_layerwise_reload(self.model)
+            try:
+                tensors = slice_.at(alpha, beta, self.model_config.dtype, stats)
+                loader: Any = self.model.load_weights
+                loader((name, tensor.to(self.device)) for name, tensor in tensors)
+            finally:
+                finalize_layerwise_reload(self.model, self.model_config)
+            if self._plain:
+                self._keep_plain()
+            elif self.device.type == "cpu":
+                _repack_shared(self.model)
         # Every rank goes through the whole checkpoint.
         return stats.changed / self._ranks
 

@@ -1,22 +1,25 @@
 """A saved policy on disk. `python -m rlvr_landscape_plugin.snapshot ls|verify DIR`."""
 
+from collections.abc import Sequence
+
 from rlvr_landscape_plugin.files import file_sha256
 from rlvr_landscape_plugin.snapshot.snapshot import (
     MANIFEST,
     SHIPPED,
     Manifest,
     Snapshot,
-    TensorInfo,
     compare_tensors,
     find_snapshots,
-    main,
     open_snapshot,
-    read_tensor,
-    safetensors_header,
     snapshot_name,
     step_of_name,
-    write_safetensors,
     write_snapshot,
+)
+from rlvr_landscape_plugin.snapshot.tensors import (
+    TensorInfo,
+    read_tensor,
+    safetensors_header,
+    write_safetensors,
 )
 
 __all__ = [
@@ -37,3 +40,10 @@ __all__ = [
     "write_safetensors",
     "write_snapshot",
 ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    from rlvr_landscape_plugin.snapshot.__main__ import main as command
+
+    return command(argv)

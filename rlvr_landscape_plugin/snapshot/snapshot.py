@@ -14,12 +14,10 @@ snapshot. Nothing here changes a snapshot that exists.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from rlvr_landscape_plugin.errors import SnapshotError, run_cli
+from rlvr_landscape_plugin.errors import SnapshotError
 from rlvr_landscape_plugin.files import file_sha256, publish_directory
+from rlvr_landscape_plugin.snapshot.tensors import TensorInfo, read_tensor, safetensors_header
 
 SHIPPED = {"tiny-sorter": Path(__file__).parents[1] / "policies" / "tiny_sorter"}
 """Policies that come with the package, by the name a configuration uses."""
@@ -39,35 +38,6 @@ _STEP = re.compile(r"step_(\d+)$")
 _INDEX = "model.safetensors.index.json"
 _FORMAT = 1
 _HEX = re.compile(r"[0-9a-f]{64}")
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies and what it is, from the safetensors header."""
-
-    file: Path
-    dtype: str
-    """Name in safetensors' spelling: F32, BF16, F16 …"""
-    shape: tuple[int, ...]
-    start: int = 0
-    """Position of its first byte in the file."""
-
-    def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
-        """The values exactly (bfloat16 as float32): of `shape`, or `count` of them, flat, from element `first` on.
-
-        Raises `SnapshotError` for NaN, infinity and dtypes that are not F64, F32, F16 or BF16.
-        """
-        if self.dtype not in _DTYPES:
-            raise SnapshotError(f"{self.file} holds {self.dtype} tensors; directions need {', '.join(_DTYPES)}")
-        dtype = np.dtype(_DTYPES[self.dtype])
-        size = math.prod(self.shape) if count is None else count
-        values = np.fromfile(self.file, dtype, size, offset=self.start + first * dtype.itemsize)
-        if self.dtype == "BF16":
-            values = (values.astype("<u4") << 16).view("<f4")
-        if not np.isfinite(values).all():
-            raise SnapshotError(f"{self.file} holds NaN or infinity; no direction can be made of it")
-        return values.reshape(self.shape) if count is None else values
 
 
 @dataclass(frozen=True)
@@ -179,52 +149,6 @@ def _compare(file: Path, found: str, expected: str) -> None:
             f"{file} is not the file that {MANIFEST} names: SHA-256 {found[:12]}… on disk, {expected[:12]}… expected; "
             "copy the snapshot again"
         )
-
-
-def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> np.ndarray:
-    """One of `tensors` as stored (bfloat16 as float32); raises `SnapshotError` naming file and tensor."""
-    try:
-        return tensors[name].read()
-    except SnapshotError as error:
-        raise SnapshotError(f"tensor {name!r}: {error}") from error
-
-
-def write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:
-    """Write float32 tensors one after the other, in the order of `shapes`, so that one at a time is in memory."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as sink:
-        sink.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), values in zip(shapes.items(), tensors, strict=True):
-            if values.shape != tuple(shape):
-                raise ValueError(f"tensor {name!r} has shape {values.shape}, announced as {tuple(shape)}")
-            sink.write(np.ascontiguousarray(values, "<f4").tobytes())
-
-
-def safetensors_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file; raises `SnapshotError` naming the file unless it is whole."""
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            size = file.stat().st_size
-            if not 0 < length <= min(size - 8, 100_000_000):
-                raise ValueError(f"header length {length} does not fit a file of {size} bytes")
-            header = json.loads(handle.read(length))
-        infos = {
-            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"{size} bytes on disk, {8 + length + end} expected (truncated or overgrown)")
-    except (ValueError, KeyError, TypeError) as error:
-        raise SnapshotError(f"{file} is not a whole safetensors file: {error}; copy the snapshot again") from error
-    return infos
 
 
 def step_of_name(path: Path) -> int:
@@ -372,52 +296,3 @@ def compare_tensors(expected: Mapping[str, tuple[int, ...]], snapshot: Snapshot,
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
         raise SnapshotError(f"snapshot {snapshot.path} does not fit {model}: {problems[0]}{more}")
-
-
-def _print_table(path: Path, verify: bool) -> None:
-    """One row per snapshot; raises `SnapshotError` with every problem found, after the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=str(path))
-    for heading in ("step", "state", "trainer", "run", "objective", "reward", "MB"):
-        table.add_column(heading, justify="right" if heading in ("step", "reward", "MB") else "left")
-    problems = []
-    for folder in find_snapshots(path):
-        try:
-            snapshot = open_snapshot(folder)
-            if verify:
-                snapshot.verify()
-        except SnapshotError as error:
-            problems.append(str(error))
-            table.add_row(folder.name.removeprefix("step_").lstrip("0") or "0", "[red]refused[/red]")
-            continue
-        manifest = snapshot.manifest or Manifest(snapshot.step)
-        state = "verified" if verify else ("complete" if manifest.files else "no checksums")
-        reward = manifest.metrics.get("reward")
-        size = sum(file.stat().st_size for file in snapshot.files) / 1e6
-        table.add_row(
-            str(snapshot.step),
-            state,
-            " ".join(str(manifest.trainer[key]) for key in ("name", "version") if key in manifest.trainer),
-            manifest.run[:12],
-            str(manifest.objective.get("name", "")),
-            "" if reward is None else f"{reward:.3f}",
-            f"{size:.1f}",
-        )
-    Console().print(table)
-    if problems:
-        raise SnapshotError("\n       ".join(problems))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rlvr_landscape_plugin.snapshot", description="Look at the snapshots of a training run."
-    )
-    parser.add_argument("command", choices=("ls", "verify"), help="ls: list them; verify: read and compare every byte")
-    parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="a run's directory, its snapshots/, or one snapshot"
-    )
-    given = parser.parse_args(argv)
-    return run_cli(lambda: _print_table(given.run_dir, given.command == "verify"))

@@ -1,0 +1,89 @@
+"""Tensors in safetensors files, read and written one at a time, without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rlvr_landscape_plugin.errors import SnapshotError
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies and what it is, from the safetensors header."""
+
+    file: Path
+    dtype: str
+    """Name in safetensors' spelling: F32, BF16, F16 …"""
+    shape: tuple[int, ...]
+    start: int = 0
+    """Position of its first byte in the file."""
+
+    def read(self, first: int = 0, count: int | None = None) -> np.ndarray:
+        """The values exactly (bfloat16 as float32): of `shape`, or `count` of them, flat, from element `first` on.
+
+        Raises `SnapshotError` for NaN, infinity and dtypes that are not F64, F32, F16 or BF16.
+        """
+        if self.dtype not in _DTYPES:
+            raise SnapshotError(f"{self.file} holds {self.dtype} tensors; directions need {', '.join(_DTYPES)}")
+        dtype = np.dtype(_DTYPES[self.dtype])
+        size = math.prod(self.shape) if count is None else count
+        values = np.fromfile(self.file, dtype, size, offset=self.start + first * dtype.itemsize)
+        if self.dtype == "BF16":
+            values = (values.astype("<u4") << 16).view("<f4")
+        if not np.isfinite(values).all():
+            raise SnapshotError(f"{self.file} holds NaN or infinity; no direction can be made of it")
+        return values.reshape(self.shape) if count is None else values
+
+
+def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> np.ndarray:
+    """One of `tensors` as stored (bfloat16 as float32); raises `SnapshotError` naming file and tensor."""
+    try:
+        return tensors[name].read()
+    except SnapshotError as error:
+        raise SnapshotError(f"tensor {name!r}: {error}") from error
+
+
+def write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:
+    """Write float32 tensors one after the other, in the order of `shapes`, so that one at a time is in memory."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as sink:
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape), values in zip(shapes.items(), tensors, strict=True):
+            if values.shape != tuple(shape):
+                raise ValueError(f"tensor {name!r} has shape {values.shape}, announced as {tuple(shape)}")
+            sink.write(np.ascontiguousarray(values, "<f4").tobytes())
+
+
+def safetensors_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file; raises `SnapshotError` naming the file unless it is whole."""
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            size = file.stat().st_size
+            if not 0 < length <= min(size - 8, 100_000_000):
+                raise ValueError(f"header length {length} does not fit a file of {size} bytes")
+            header = json.loads(handle.read(length))
+        infos = {
+            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max((entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"{size} bytes on disk, {8 + length + end} expected (truncated or overgrown)")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SnapshotError(f"{file} is not a whole safetensors file: {error}; copy the snapshot again") from error
+    return infos

@@ -39,7 +39,7 @@ def _print_table(path: Path, verify: bool) -> None:
             " ".join(str(manifest.trainer[key]) for key in ("name", "version") if key in manifest.trainer),
             manifest.run[:12],
             str(manifest.objective.get("name", "")),
-            "" if reward is None else f"{reward:.3f}",
+            f"{reward:.3f}" if isinstance(reward, int | float) else "",
             f"{size:.1f}",
         )
     Console().print(table)

@@ -27,7 +27,7 @@ import numpy as np
 
 from rlvr_landscape_plugin.errors import SnapshotError
 from rlvr_landscape_plugin.files import file_sha256, publish_directory
-from rlvr_landscape_plugin.snapshot.tensors import TensorInfo, read_tensor, safetensors_header
+from rlvr_landscape_plugin.snapshot.tensors import DTYPES, TensorInfo, read_tensor, safetensors_header
 
 SHIPPED = {"tiny-sorter": Path(__file__).parents[1] / "policies" / "tiny_sorter"}
 """Policies that come with the package, by the name a configuration uses."""
@@ -63,20 +63,36 @@ class Manifest:
 
     @classmethod
     def read(cls, file: Path) -> Manifest:
-        """The manifest in `file`. Keys of other tools are passed over; raises `SnapshotError` naming the file."""
+        """The manifest in `file`.
+
+        Keys of other tools are passed over, and so are keys of ours that hold something else than ours. Raises
+        `SnapshotError` naming the file where it cannot be read, has no step, or lists files in another form.
+        """
         try:
-            data = json.loads(file.read_text())
+            data = json.loads(file.read_text(encoding="utf-8"))
             step = data["step"]
             if type(step) is not int or step < 0:
                 raise ValueError(f"step is {step!r}")
+        except OSError as error:
+            raise SnapshotError(f"{file} cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise SnapshotError(f"{file} has no integer 'step' ≥ 0: {error!r}; correct or remove the file") from error
-        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
-        for name, entry in dict(known.get("files") or {}).items():
+        files = data.get("files") or {}
+        if not isinstance(files, dict):
+            raise SnapshotError(
+                f"{file}: 'files' is a {type(files).__name__}, expected a table of file name → sha256 and size; "
+                "correct or remove the file"
+            )
+        for name, entry in files.items():
             whole = isinstance(entry, dict) and type(entry.get("size")) is int
             if not (whole and _HEX.fullmatch(str(entry.get("sha256")))) or _outside(name):
                 raise SnapshotError(f"{file}: the entry of {name!r} in 'files' is damaged: {entry!r}")
-        return cls(**known)
+        known = {name: data[name] for name, kind in _KINDS.items() if isinstance(data.get(name), kind)}
+        return cls(step=step, files=files, **known)
+
+
+_KINDS = {"trainer": dict, "run": str, "parent_run": str, "configuration": dict, "objective": dict, "metrics": dict}
+"""What a manifest of ours holds under each key besides `step` and `files`."""
 
 
 def _outside(name: str) -> bool:
@@ -167,6 +183,22 @@ def _contents(path: Path) -> list[str]:
     ]
 
 
+def _inside(path: Path, file: Path) -> Path:
+    """`file`, which belongs to the snapshot `path`; raises `SnapshotError` if it is a link to somewhere else.
+
+    Otherwise a server would read, for whoever may write into a directory that it serves, what lies elsewhere. The
+    Hugging Face cache keeps the files of `snapshots/<revision>/` as links into `blobs/`, which is allowed.
+    """
+    try:
+        real = file.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself, before Python 3.13
+        raise SnapshotError(f"{file} cannot be followed: {error}; copy the snapshot again") from error
+    allowed = [path, *([path.parents[1] / "blobs"] if path.parent.name == "snapshots" else [])]
+    if not any(real.is_relative_to(folder) for folder in allowed):
+        raise SnapshotError(f"{file} is a link to {real}, outside the snapshot; copy the file into the directory")
+    return file
+
+
 def _check_contents(path: Path, manifest: Manifest) -> None:
     """Compare names and sizes with the manifest, and the bytes of everything but the weights."""
     for name, entry in manifest.files.items():
@@ -189,42 +221,85 @@ def open_snapshot(reference: str | Path) -> Snapshot:
 
     The step comes from `manifest.json`, else from a directory name like `step_000010`, else it is 0. Raises
     `SnapshotError` naming the file for: no such directory, no config, no safetensors, a shard or tensor that the index
-    promises and the files lack, a truncated file, and, where the manifest has checksums, a file that is missing,
-    foreign or different (weights: in size; their bytes are compared by `sha256` and `verify`).
+    promises and the files lack, a tensor in two files, weights that are no floating-point numbers, a truncated file, a
+    link that leads out of the directory, and, where the manifest has checksums, a file that is missing, foreign or
+    different (weights: in size; their bytes are compared by `sha256` and `verify`).
     """
-    path = SHIPPED.get(str(reference), Path(reference)).expanduser().resolve()
-    if not path.is_dir():
+    given = SHIPPED.get(str(reference), Path(reference))
+    try:
+        path = given.expanduser().resolve()
+        found = path.is_dir()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory, or a link that leads to itself
+        raise SnapshotError(f"snapshot {str(reference)!r} cannot be opened: {error}") from error
+    if not found:
         raise SnapshotError(
             f"snapshot {str(reference)!r} is not a directory ({path}); give a Hugging Face checkpoint directory "
             f"or one of {', '.join(sorted(SHIPPED))}"
         )
-    if not (path / "config.json").is_file():
+    if not _inside(path, path / "config.json").is_file():
         raise SnapshotError(f"{path} has no config.json; a snapshot is a whole Hugging Face checkpoint directory")
-    manifest = Manifest.read(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    manifest = Manifest.read(_inside(path, path / MANIFEST)) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.files:
         _check_contents(path, manifest)
-    promised: dict[str, str] | None = None
-    if (path / _INDEX).is_file():
-        try:
-            promised = dict(json.loads((path / _INDEX).read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SnapshotError(f"{path / _INDEX} is not a safetensors index: {error!r}") from error
-        files = sorted({path / name for name in promised.values()})
-    else:
-        files = sorted(path.glob("*.safetensors"))
+    tensors = _read_headers(path)
+    return Snapshot(path, step_of_name(path) if manifest is None else manifest.step, tensors, manifest)
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a snapshot's directory, from the index where there is one, else from all safetensors files."""
+    promised = _read_index(path)
+    files = sorted({path / name for name in promised.values()}) or sorted(path.glob("*.safetensors"))
     if not files:
         raise SnapshotError(
             f"{path} holds no *.safetensors; save it with save_pretrained(..., safe_serialization=True) "
             "(pickled .bin weights are not read)"
         )
+    if promised and (single := path / "model.safetensors").is_file() and single not in files:
+        raise SnapshotError(
+            f"{path} holds {single.name} and {_INDEX}, which names other files: which of them are the weights is not "
+            "clear; remove the one that is not"
+        )
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        if not file.is_file():
-            raise SnapshotError(f"{path / _INDEX} names {file.name}, which is missing; copy the snapshot again")
-        tensors |= safetensors_header(file)
-    if missing := sorted(set(promised or ()) - set(tensors)):
-        raise SnapshotError(f"{path} lacks tensor {missing[0]!r} (and {len(missing) - 1} more) named by {_INDEX}")
-    return Snapshot(path, step_of_name(path) if manifest is None else manifest.step, tensors, manifest)
+        if not _inside(path, file).is_file():
+            by = f"{path / _INDEX} names {file.name}, which is missing" if promised else f"{file} is not a file"
+            raise SnapshotError(f"{by}; copy the snapshot again")
+        for name, info in safetensors_header(file).items():
+            if name in tensors:
+                raise SnapshotError(
+                    f"{path} holds tensor {name!r} twice, in {tensors[name].file.name} and in {file.name}: which of "
+                    "them is the policy's is not clear; remove the file that does not belong to it"
+                )
+            if info.dtype not in DTYPES:
+                raise SnapshotError(
+                    f"{file}: tensor {name!r} is {info.dtype}, and a landscape moves floating-point weights "
+                    f"({', '.join(DTYPES)}) only; save the policy in one of these, not quantised"
+                )
+            tensors[name] = info
+    lost = sorted(name for name, file in promised.items() if name not in tensors or tensors[name].file != path / file)
+    if lost:
+        raise SnapshotError(
+            f"{path / promised[lost[0]]} lacks tensor {lost[0]!r} (and {len(lost) - 1} more) named by {_INDEX}"
+        )
+    return tensors
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name → file name, as the index promises; empty without an index."""
+    index = path / _INDEX
+    if not index.is_file():
+        return {}
+    try:
+        weight_map = json.loads(_inside(path, index).read_text(encoding="utf-8"))["weight_map"]
+        promised = {str(name): str(file) for name, file in weight_map.items()}
+    except OSError as error:
+        raise SnapshotError(f"{index} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SnapshotError(f"{index} is not a safetensors index: {error!r}") from error
+    for name, file in promised.items():
+        if _outside(file):
+            raise SnapshotError(f"{index} puts tensor {name!r} into {file!r}, outside the snapshot; copy it again")
+    return promised
 
 
 def snapshot_name(step: int) -> str:
@@ -284,9 +359,10 @@ def find_snapshots(path: Path) -> list[Path]:
 def compare_tensors(expected: Mapping[str, tuple[int, ...]], snapshot: Snapshot, model: str) -> None:
     """Raise `SnapshotError` unless `snapshot` has exactly the tensors `expected` (name → shape) of `model`."""
     shapes = snapshot.shapes
+    file = {name: info.file.name for name, info in snapshot.tensors.items()}
     problems = [
         *(f"tensor {name!r} is missing" for name in sorted(set(expected) - set(shapes))),
-        *(f"tensor {name!r} is not part of the model" for name in sorted(set(shapes) - set(expected))),
+        *(f"tensor {name!r} in {file[name]} is not part of the model" for name in sorted(set(shapes) - set(expected))),
         *(
             f"tensor {name!r} has shape {list(shapes[name])}, expected {list(shape)}"
             for name, shape in sorted(expected.items())

@@ -12,7 +12,8 @@ import numpy as np
 
 from rlvr_landscape_plugin.errors import SnapshotError
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+"""Dtypes that a direction can move: safetensors' name → NumPy's, bfloat16 as its bits."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class TensorInfo:
 
         Raises `SnapshotError` for NaN, infinity and dtypes that are not F64, F32, F16 or BF16.
         """
-        if self.dtype not in _DTYPES:
-            raise SnapshotError(f"{self.file} holds {self.dtype} tensors; directions need {', '.join(_DTYPES)}")
-        dtype = np.dtype(_DTYPES[self.dtype])
+        if self.dtype not in DTYPES:
+            raise SnapshotError(f"{self.file} holds {self.dtype} tensors; directions need {', '.join(DTYPES)}")
+        dtype = np.dtype(DTYPES[self.dtype])
         size = math.prod(self.shape) if count is None else count
         values = np.fromfile(self.file, dtype, size, offset=self.start + first * dtype.itemsize)
         if self.dtype == "BF16":
@@ -76,14 +77,21 @@ def safetensors_header(file: Path) -> dict[str, TensorInfo]:
             if not 0 < length <= min(size - 8, 100_000_000):
                 raise ValueError(f"header length {length} does not fit a file of {size} bytes")
             header = json.loads(handle.read(length))
-        infos = {
-            name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        end = max((entry["data_offsets"][1] for n, entry in header.items() if n != "__metadata__"), default=0)
+        infos, end = {}, 0
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            first, last = entry["data_offsets"]
+            infos[name] = TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + first)
+            if (kind := DTYPES.get(entry["dtype"])) is not None:
+                expected = math.prod(entry["shape"]) * np.dtype(kind).itemsize
+                if last - first != expected:
+                    raise ValueError(f"tensor {name!r} has {last - first} bytes, {expected} expected")
+            end = max(end, last)
         if 8 + length + end != size:
             raise ValueError(f"{size} bytes on disk, {8 + length + end} expected (truncated or overgrown)")
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise SnapshotError(f"{file} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SnapshotError(f"{file} is not a whole safetensors file: {error}; copy the snapshot again") from error
     return infos

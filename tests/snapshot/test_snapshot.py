@@ -84,6 +84,100 @@ def test_shards_are_read_through_their_index(tmp_path):
         open_snapshot(path)
 
 
+def weights(*names: str) -> dict[str, np.ndarray]:
+    return {name: np.ones((2, 3), np.float32) for name in names}
+
+
+def test_without_an_index_a_second_file_of_weights_is_refused(tmp_path):
+    path = make(tmp_path / "x", {"model.safetensors": weights("a", "b"), "old_model.safetensors": weights("b", "c")})
+    with pytest.raises(SnapshotError, match=r"tensor 'b' twice, in model\.safetensors and in old_model\.safetensors"):
+        open_snapshot(path)
+    path = make(tmp_path / "y", {"model.safetensors": weights("a"), "adapter.safetensors": weights("lora_A")})
+    snapshot = open_snapshot(path)
+    with pytest.raises(SnapshotError, match=r"tensor 'lora_A' in adapter\.safetensors is not part of the model"):
+        compare_tensors({"a": (2, 3)}, snapshot, "m")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "1.safetensors", "b": "1.safetensors"}, r"1\.safetensors lacks tensor 'b' \(and 0 more\)"),
+        ({"a": "../1.safetensors"}, r"puts tensor 'a' into '\.\./1\.safetensors', outside the snapshot"),
+        ({"a": "/etc/passwd"}, "puts tensor 'a' into '/etc/passwd', outside the snapshot"),
+        ({"a": ""}, "outside the snapshot"),
+        ({"a": 3}, r"names 3, which is missing"),
+        (["a"], "is not a safetensors index"),
+        ({"a": "1.safetensors", "c": "3.safetensors"}, r"tensor 'c' twice|holds tensor 'a' twice"),
+        ({"a": "1.safetensors", "b": "2.safetensors"}, "holds model.safetensors and model.safetensors.index.json"),
+    ],
+)
+def test_an_index_that_does_not_fit_the_files_is_refused(tmp_path, weight_map, message):
+    files = {"1.safetensors": weights("a"), "2.safetensors": weights("b"), "3.safetensors": weights("a", "c")}
+    if "holds model" in message:
+        files["model.safetensors"] = weights("a", "b")
+    path = make(tmp_path / "inner" / "x", files)
+    save_file(weights("a"), path.parent / "1.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(SnapshotError, match=message):
+        open_snapshot(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json", "model.safetensors.index.json"])
+def test_links_that_lead_out_of_a_snapshot_are_refused(tmp_path, name):
+    path = make(tmp_path / "x")
+    (path / MANIFEST).write_text('{"step": 1}')
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors"}}')
+    assert open_snapshot(path).step == 1
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SnapshotError, match=rf"{name} is a link to .*elsewhere, outside the snapshot; copy"):
+        open_snapshot(path)
+    (path / name).unlink()
+    (tmp_path / "elsewhere").rename(path / "inside")
+    (path / name).symlink_to("inside")
+    assert open_snapshot(path).step == 1
+
+
+def test_the_links_of_the_hugging_face_cache_are_followed(tmp_path):
+    path = make(tmp_path / "models--a--b" / "snapshots" / "0123abcd")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(list(path.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("../../blobs") / str(number))
+    assert open_snapshot(path).shapes == {"w": (2, 3)}
+
+
+def test_links_that_lead_to_themselves_are_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(SnapshotError, match=r"loop"):
+        open_snapshot(tmp_path / "loop")
+    path = make(tmp_path / "x")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(SnapshotError, match=r"model\.safetensors (cannot be followed|is not a file)"):
+        open_snapshot(path)
+    with pytest.raises(SnapshotError, match="is not a directory"):
+        find_snapshots(tmp_path / "loop")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("I8", 1), ("F8_E4M3", 1), ("U8", 1), ("I64", 8), ("F4", 1)])
+def test_weights_that_cannot_be_moved_are_refused_at_opening(tmp_path, dtype, size):
+    path = make(tmp_path / "x")
+    header = json.dumps({"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4 * size]}}).encode()
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * size))
+    with pytest.raises(SnapshotError, match=rf"model\.safetensors: tensor 'w' is {dtype}, .* not quantised"):
+        open_snapshot(path)
+
+
+def test_a_header_that_promises_other_sizes_is_refused(tmp_path):
+    path = make(tmp_path / "x")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}).encode()
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    with pytest.raises(SnapshotError, match="tensor 'w' has 12 bytes, 16 expected"):
+        open_snapshot(path)
+
+
 def test_what_is_not_a_snapshot_is_named(tmp_path):
     with pytest.raises(SnapshotError, match="is not a directory"):
         open_snapshot(tmp_path / "absent")
@@ -342,6 +436,7 @@ def test_big_files_are_read_once(tmp_path, monkeypatch):
         ("{", "no integer 'step'"),
         ('{"step": -1}', "no integer 'step'"),
         ('{"step": "3"}', "no integer 'step'"),
+        ('{"step": 1, "files": ["config.json"]}', r"manifest\.json: 'files' is a list, expected a table"),
         ('{"step": 1, "files": {"config.json": "abc"}}', r"entry of 'config\.json' in 'files' is damaged"),
         ('{"step": 1, "files": {"../x": {"size": 1, "sha256": "%s"}}}' % ("0" * 64), r"entry of '\.\./x'"),
     ],
@@ -351,6 +446,16 @@ def test_damaged_manifests_are_named(tmp_path, content, message):
     (path / MANIFEST).write_text(content)
     with pytest.raises(SnapshotError, match=message):
         open_snapshot(path)
+
+
+def test_keys_of_a_manifest_that_mean_something_else_are_passed_over(tmp_path, capsys):
+    path = make(tmp_path / "step_000004")
+    content = {"step": 4, "trainer": "name", "run": 3, "metrics": {"reward": "high"}, "objective": None, "files": None}
+    (path / MANIFEST).write_text(json.dumps(content))
+    manifest = open_snapshot(path).manifest
+    assert manifest == Manifest(step=4, metrics={"reward": "high"})
+    assert main(["ls", str(tmp_path)]) == 0
+    assert "no checksums" in capsys.readouterr().out
 
 
 def test_the_command_lists_and_verifies_a_run(tmp_path, capsys):

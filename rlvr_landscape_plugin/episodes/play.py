@@ -29,10 +29,12 @@ import numpy as np
 
 from rlvr_landscape_plugin.episodes.chat import ChatFormat
 from rlvr_landscape_plugin.episodes.rollouts import ERROR, OK, TRUNCATED, Rollout, segments_of
-from rlvr_landscape_plugin.errors import ServerError, TasksetError
+from rlvr_landscape_plugin.episodes.tasksets import role_config, unfit
+from rlvr_landscape_plugin.errors import LandscapeError, TasksetError
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
+    from verifiers.v1.graph import MessageNode
 
     from rlvr_landscape_plugin.serving.client import Completion
 
@@ -56,12 +58,13 @@ class EpisodeRunner:
     max_model_len: int
     max_concurrent: int = 512
     keep_traces: bool = False
-    _agent_config: Any = field(init=False)
+    agent_config: vf.AgentConfig = field(init=False)
+    """That of the environment's one role, as it is recorded in traces."""
 
     def __post_init__(self) -> None:
         from verifiers.v1.types import Sampling
 
-        self._agent_config = self.env.config.agent.model_copy(
+        self.agent_config = role_config(self.env).model_copy(
             update={"model": "policy", "sampling": Sampling(max_tokens=self.max_tokens)}
         )
         self._gate = asyncio.Semaphore(self.max_concurrent)
@@ -77,8 +80,12 @@ class EpisodeRunner:
         """`rollouts` episodes of every task, concurrently: result[prompt][rollout].
 
         `seed(prompt, rollout, turn)` names the sampler's seed; `progress` is called after every episode. A failure of
-        the server raises; a failure of the taskset's code is a rollout with status ERROR.
+        the server, of the snapshot's chat template or of the taskset's fitness raises; a failure of the taskset's code
+        is a rollout with status ERROR.
         """
+        for task in tasks:
+            if id(task) not in self._known:
+                self._known[id(task)] = _KnownTask(task)
 
         async def one(prompt: int, rollout: int) -> Rollout:
             async with self._gate:
@@ -93,47 +100,57 @@ class EpisodeRunner:
                         [group.create_task(one(prompt, rollout)) for rollout in range(rollouts)]
                         for prompt in range(len(tasks))
                     ]
-        except* ServerError as failures:
-            from rlvr_landscape_plugin.serving.client import first_error
-
-            raise first_error(failures) from None
+        except* LandscapeError as failures:
+            raise _first(failures) from None
         return [[cell.result() for cell in row] for row in cells]
 
     async def episode(self, task: vf.Task, seed: Callable[[int], int]) -> Rollout:
-        """Play and score one episode."""
+        """Play and score one episode. Raises and returns as `batch`."""
         from verifiers.v1.agent import Agents
 
-        traces: list[Any] = []
-        cut = [False]
-        make: Any = lambda name, spec: _Agent(self, seed, traces, cut)  # noqa: E731 - typed as what verifiers asks for
+        play = _Play(self, task, seed)
+        make: Any = lambda name, spec: _Agent(play)  # noqa: E731 - typed as what verifiers asks for
         agents = Agents(self.env.config, make)
-        error: str | None = None
+        problem: Exception | None = None
         try:
             await self.env.setup(agents)
             await self.env.run(task, agents)
-            if len(traces) != 1:
-                raise TasksetError(f"{type(self.env).__name__}.run() ran the agent {len(traces)} times, expected once")
-        except (ServerError, TasksetError, asyncio.CancelledError):
+            if len(play.traces) != 1:
+                raise TasksetError(
+                    f"{type(self.env).__name__}.run() ran the agent {len(play.traces)} times, expected once"
+                )
+            await self._finalize(task, play.traces[0])
+        except LandscapeError:
             raise
-        except Exception as problem:  # the taskset's own code failed: that is data
-            error = f"{type(problem).__name__}: {problem}"
-        trace: Any = traces[0] if traces else None
-        if trace is not None and error is None:
-            try:
-                await self._finalize(task, trace)
-            except Exception as problem:
-                error = f"{type(problem).__name__}: {problem}"
-        segments = segments_of(trace) if trace is not None else []
-        kept = trace if self.keep_traces else None
-        if trace is None or error is not None:
-            return Rollout(float("nan"), ERROR, segments, error, trace=kept)
-        reward = float(trace.reward)
-        if not math.isfinite(reward):
-            return Rollout(float("nan"), ERROR, segments, f"the taskset's reward is {reward}", trace=kept)
-        failure = trace.metrics.get("format_failure")
-        return Rollout(reward, TRUNCATED if cut[0] else OK, segments, None, failure, kept)
+        except Exception as raised:  # the taskset's own code failed: that is data
+            problem = raised
+        if play.stopped_by is not None:
+            # The taskset's code may have caught it, as if it had been about the reply.
+            raise play.stopped_by
+        return self._result(play, problem)
 
-    async def _finalize(self, task: vf.Task, trace: Any) -> None:
+    def _result(self, play: _Play, problem: Exception | None) -> Rollout:
+        trace = play.traces[0] if play.traces else None
+        if trace is not None and problem is None and not math.isfinite(trace.reward):
+            problem = ValueError(f"the taskset's reward is {trace.reward}")
+        segments = segments_of(trace) if trace is not None else []
+        if problem is not None:
+            if trace is None and self.keep_traces:
+                trace = play.new_trace(play.task)
+            if trace is not None:
+                trace.record_error(problem)
+                trace.is_completed = True
+            error = f"{type(problem).__name__}: {problem}"
+            return Rollout(float("nan"), ERROR, segments, error, trace=trace if self.keep_traces else None)
+        assert trace is not None
+        status = TRUNCATED if play.cut else OK
+        # A name without a value is a hook that verifiers announced and that returned others.
+        metrics = {name: value for name, value in trace.metrics.items() if value is not None}
+        paid = any(reward is not None for reward in trace.rewards.values())
+        kept = trace if self.keep_traces else None
+        return Rollout(float(trace.reward), status, segments, None, metrics, paid, kept)
+
+    async def _finalize(self, task: vf.Task, trace: vf.Trace) -> None:
         from verifiers.v1.env import Env
 
         if type(self.env).finalize is Env.finalize:
@@ -143,17 +160,35 @@ class EpisodeRunner:
         await self.env.finalize(task, Episode(task=trace.task, traces=[trace], ok=True))
 
     def known(self, task: vf.Task) -> _KnownTask:
-        """What is looked up once per task rather than once per turn; tasks must outlive the runner."""
+        """What is looked up once per task rather than once per turn.
+
+        A task of a batch stays known. One that the environment makes during an episode is looked at each time, because
+        nothing but the task itself names it: Python gives its address to the next one.
+        """
         found = self._known.get(id(task))
-        if found is None:
-            found = self._known[id(task)] = _KnownTask(task)
-        return found
+        if found is not None and found.task is task:
+            return found
+        if problems := unfit(task):
+            raise TasksetError(
+                f"{type(self.env).__name__}.run() made a {type(task).__name__} that needs more than an in-process chat "
+                f"loop: {', '.join(problems)} (docs/tasksets.md)"
+            )
+        return _KnownTask(task)
+
+
+def _first(group: BaseExceptionGroup[LandscapeError]) -> LandscapeError:
+    """The first of the errors that concurrent episodes ended with."""
+    for error in group.exceptions:
+        return _first(error) if isinstance(error, BaseExceptionGroup) else error
+    raise AssertionError("an exception group is never empty")
 
 
 class _KnownTask:
     def __init__(self, task: vf.Task) -> None:
         from verifiers.v1.trace import TraceTask
 
+        self.task = task
+        """Held, so that its address stays its own."""
         self.record = TraceTask.model_construct(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
         self.stops = task.hooks("stop")
         self.scorer = copy.copy(task)
@@ -193,18 +228,53 @@ def _rare_collections() -> Iterator[None]:
             gc.set_threshold(*own)
 
 
+class _Play:
+    """One episode while it is played."""
+
+    def __init__(self, runner: EpisodeRunner, task: vf.Task, seed: Callable[[int], int]) -> None:
+        self.runner, self.task, self.seed = runner, task, seed
+        self.traces: list[vf.Trace] = []
+        self.cut = False
+        """Whether a length limit cut a reply or the conversation."""
+        self.stopped_by: LandscapeError | None = None
+        """What must end the sweep rather than count as a failed episode."""
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Remember an error that must end the sweep, should the taskset's code catch it."""
+        try:
+            yield
+        except LandscapeError as error:
+            self.stopped_by = error
+            raise
+
+    def new_trace(self, task: vf.Task) -> vf.Trace:
+        """The trace of a conversation about `task`, which may be another one than the episode's."""
+        from verifiers.v1.state import state_cls
+        from verifiers.v1.trace import AgentInfo, Trace
+
+        trace = Trace(
+            task=self.runner.known(task).record.model_copy(),
+            agent=AgentInfo.model_construct(config=self.runner.agent_config),
+            state=state_cls(type(task))(),
+        )
+        self.traces.append(trace)
+        return trace
+
+
 class _Agent:
     """Stands where verifiers passes an `Agent`: `run` and `interaction`, nothing that needs a process."""
 
-    def __init__(self, runner: EpisodeRunner, seed: Callable[[int], int], traces: list[Any], cut: list[bool]) -> None:
-        self._runner, self._seed, self._traces, self._cut = runner, seed, traces, cut
+    def __init__(self, play: _Play) -> None:
+        self._play = play
         self.trainable = True
-        self.config = runner._agent_config
+        self.config = play.runner.agent_config
 
-    async def run(self, task: vf.Task, **unsupported: Any) -> Any:
+    async def run(self, task: vf.Task, **unsupported: object) -> vf.Trace:
         """One uninterrupted reply to a task that brings its prompt."""
         if unsupported:
-            raise TasksetError(f"agent.run({', '.join(unsupported)}=…) is not available in a sweep")
+            with self._play.ending():
+                raise TasksetError(f"agent.run({', '.join(unsupported)}=…) is not available in a sweep")
         async with self.interaction(task) as interaction:
             await interaction.turn()
         return interaction.trace
@@ -212,32 +282,29 @@ class _Agent:
     @contextlib.asynccontextmanager
     async def interaction(self, task: vf.Task) -> AsyncIterator[_Interaction]:
         """The conversation, held open turn by turn; scored when the block ends."""
-        interaction = _Interaction(self._runner, task, self._seed, self._cut)
-        self._traces.append(interaction.trace)
+        with self._play.ending():
+            interaction = _Interaction(self._play, task)
         yield interaction
         await interaction.close()
 
 
 class _Interaction:
-    def __init__(self, runner: EpisodeRunner, task: vf.Task, seed: Callable[[int], int], cut: list[bool]) -> None:
-        from verifiers.v1.state import state_cls
-        from verifiers.v1.trace import AgentInfo, Trace
-
-        self._runner, self._task, self._seed, self._cut = runner, task, seed, cut
-        self._known = runner.known(task)
-        self.trace: Any = Trace(
-            task=self._known.record.model_copy(),
-            agent=AgentInfo.model_construct(config=runner._agent_config),
-            state=state_cls(type(task))(),
-        )
+    def __init__(self, play: _Play, task: vf.Task) -> None:
+        self._play, self._runner, self._task = play, play.runner, task
+        self._known = play.runner.known(task)
+        self.trace = play.new_trace(task)
         self._committed = 0
         self._prompt: list[int] = []
         self._last: Completion | None = None
         self._turns = 0
         self._over = self._closed = False
 
-    async def turn(self, message: Any = None) -> Any:
+    async def turn(self, message: str | Sequence[vf.Message] | None = None) -> vf.Segment:
         """Send user message(s), get the reply as a verifiers `Segment`; bare for a task that brings its prompt."""
+        with self._play.ending():
+            return await self._turn(message)
+
+    async def _turn(self, message: str | Sequence[vf.Message] | None) -> vf.Segment:
         from verifiers.v1.agent import Segment as Reply
 
         if self._closed:
@@ -260,22 +327,22 @@ class _Interaction:
         room = min(self._runner.max_tokens, self._runner.max_model_len - len(prompt))
         if room < 1:
             self.trace.stop("context_length")
-            self._cut[0] = self._over = True
+            self._play.cut = self._over = True
             return Reply(messages=[], terminated=True)
-        completion = await self._runner.sampler.generate(prompt, self._seed(self._turns), room)
+        completion = await self._runner.sampler.generate(prompt, self._play.seed(self._turns), room)
         self._turns += 1
-        self._cut[0] |= completion.finish == "length"
+        self._play.cut |= completion.finish == "length"
         self._prompt, self._last = prompt, completion
         return Reply(messages=[self._commit(new, prompt, completion)])
 
-    def _opening(self) -> list[Any]:
+    def _opening(self) -> list[vf.Message]:
         from verifiers.v1.types import SystemMessage
 
         data = self._task.data
         system = [SystemMessage(content=data.system_prompt)] if data.system_prompt is not None else []
         return system + ([] if data.prompt is None else _typed(data.prompt))
 
-    def _commit(self, new: list[Any], prompt: list[int], completion: Completion) -> Any:
+    def _commit(self, new: list[vf.Message], prompt: list[int], completion: Completion) -> vf.AssistantMessage:
         """Add the user's messages and the reply to the trace: a chain of nodes, the tokens on the replies."""
         from verifiers.v1.trace import ModelCall
         from verifiers.v1.types import AssistantMessage, Usage
@@ -299,7 +366,7 @@ class _Interaction:
         self.trace.calls.append(ModelCall.model_construct(node=node, model="policy", finish_reason=finish, usage=usage))
         return reply
 
-    def _append(self, **fields: Any) -> None:
+    def _append(self, **fields: object) -> None:
         # A copy of an empty node costs a tenth of constructing one, whose defaults are looked up anew each time.
         parent = len(self.trace.nodes) - 1 if self.trace.nodes else None
         blank = {"token_ids": [], "mask": [], "is_content": [], "logprobs": [], "timestamp": time.time()}
@@ -308,7 +375,7 @@ class _Interaction:
     async def _stopped(self) -> bool:
         if self.trace.stop_condition is not None:
             return True
-        limit = self._runner.env.config.agent.max_turns
+        limit = self._runner.agent_config.max_turns
         if limit is not None and self._turns >= limit:
             self.trace.stop("max_turns")
             return True
@@ -329,14 +396,14 @@ class _Interaction:
 
 
 @cache
-def _empty_node() -> Any:
+def _empty_node() -> MessageNode:
     from verifiers.v1.graph import MessageNode
     from verifiers.v1.types import UserMessage
 
     return MessageNode(message=UserMessage(content=""))
 
 
-def _typed(message: Any) -> list[Any]:
+def _typed(message: str | Sequence[vf.Message]) -> list[vf.Message]:
     from verifiers.v1.dialects import parse_message
     from verifiers.v1.types import UserMessage
 
@@ -345,7 +412,7 @@ def _typed(message: Any) -> list[Any]:
     return [parse_message(item) if isinstance(item, dict) else item for item in message]
 
 
-def _wire(message: Any) -> dict[str, str]:
+def _wire(message: vf.Message) -> dict[str, str]:
     if not isinstance(message.content, str):
         raise TasksetError(f"a {message.role} message has non-text content; sweeps drive text-only tasksets")
     return {"role": message.role, "content": message.content}

@@ -1,15 +1,23 @@
-"""What an episode leaves: its token sequences, log-probabilities, reward and status. NumPy only."""
+"""What an episode leaves: its token sequences with log-probabilities, its reward and metrics, or why it failed."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import verifiers.v1 as vf
+
 OK, TRUNCATED, ERROR = 0, 1, 2
 """Rollout status, as in the dataset: finished, cut by a length limit, failed."""
+
+Rollouts = Sequence[Sequence["Rollout"]]
+"""Episodes of a batch: [task][rollout]."""
 
 
 def sampling_seed(seed: int, stream: str, prompt: int, rollout: int, turn: int) -> int:
@@ -42,10 +50,18 @@ class Rollout:
     status: int
     segments: list[Segment]
     error: str | None = None
-    format_failure: float | None = None
-    """The taskset's metric of that name, where it has one: share of replies without the asked-for format."""
-    trace: Any = None
+    """Why it failed: type and message of the exception; None unless `status` is ERROR."""
+    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Every metric that the taskset recorded, by name; empty when `status` is ERROR."""
+    paid: bool = True
+    """Whether the taskset recorded any reward at all, be it 0."""
+    trace: vf.Trace | None = None
     """The verifiers trace, when asked to keep it."""
+
+    @property
+    def format_failure(self) -> float | None:
+        """The metric of that name, where the taskset has one: share of replies without the asked-for format."""
+        return self.metrics.get("format_failure")
 
     @property
     def completion_tokens(self) -> int:
@@ -59,7 +75,28 @@ class Rollout:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
 
 
-def segments_of(trace: Any) -> list[Segment]:
+@dataclass(frozen=True)
+class Failures:
+    """How many episodes of a batch failed, and why the first of them did."""
+
+    failed: int
+    episodes: int
+    reason: str
+    """Empty when none failed."""
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> Failures:
+        """Count the failures of a batch; the first is that of the lowest task, then of the lowest rollout."""
+        flat = [rollout for row in rollouts for rollout in row]
+        failed = [rollout for rollout in flat if rollout.status == ERROR]
+        return cls(len(failed), len(flat), (failed[0].error or "no reason given") if failed else "")
+
+    def __str__(self) -> str:
+        first = f"; the first one: {self.reason}" if self.failed else ""
+        return f"{self.failed} of {self.episodes} episodes failed{first}"
+
+
+def segments_of(trace: vf.Trace) -> list[Segment]:
     """Each branch as one token sequence; a sampled token shared by branches counts in the first only."""
     segments, counted = [], set()
     for branch in trace.branches:

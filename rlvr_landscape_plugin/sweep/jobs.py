@@ -121,6 +121,11 @@ class Entry:
     def _show(self, alpha: float, beta: float, reward: float, data: xr.Dataset) -> None:
         seconds = sum(float(data[f"seconds_{part}"]) for part in ("move", "sample", "score"))
         self._display.point(alpha, beta, reward, float(data["kl_k1"].mean()), seconds)
+        if failed := data.attrs.get("failed_episodes"):
+            self._display.say(
+                f"({alpha:g}, {beta:g}): {failed} of {data['status'].size} episodes failed; "
+                f"the first one: {data.attrs['first_failure']}"
+            )
 
 
 class RangeJob(Entry):
@@ -188,7 +193,10 @@ class SliceJob(Entry):
         async with self._first:
             stored = self._journal.read_base()
             if stored is None:
-                batch = (await server.meter.base(self._display.episode)).to_dataset()
+                base = await server.meter.base(self._display.episode)
+                if base.failures and base.failures.failed:
+                    self._display.say(f"the checkpoint's own batch: {base.failures}")
+                batch = base.to_dataset()
                 await self.check_standing(server, 0.0, 0.0)
                 stored = self._journal.write_base(batch.assign_attrs(server_dtype=server.facts["dtype"]))
             if server.facts["dtype"] != stored.attrs["server_dtype"]:

@@ -16,7 +16,8 @@ import numpy as np
 import xarray as xr
 
 from rlvr_landscape_plugin.config import SurrogateConfig
-from rlvr_landscape_plugin.episodes import ERROR, EpisodeRunner, Rollout, Segment, sampling_seed
+from rlvr_landscape_plugin.episodes import ERROR, EpisodeRunner, Failures, Rollout, Segment, sampling_seed
+from rlvr_landscape_plugin.errors import TasksetError
 from rlvr_landscape_plugin.objectives import clipped_term, group_advantages
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 
@@ -72,6 +73,8 @@ class BaseBatch:
     """[prompt][rollout] → token sequences."""
     logprobs: list[list[np.ndarray]]
     """[prompt][rollout] → log π_checkpoint of its sampled tokens, re-scored at the origin, nat."""
+    failures: Failures | None = None
+    """What of it failed; None where it was read from the disk."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -170,6 +173,12 @@ class PointMeter:
     async def base(self, progress: Callable[[], None], prompts: range | None = None) -> BaseBatch:
         """Sample and re-score the checkpoint's own batch, on some or all tasks; the server must stand at the origin."""
         batch = await self._sample("base", prompts or range(len(self.tasks)), progress)
+        failures = check_failures(batch, "of the checkpoint's own batch")
+        if not any(rollout.paid for row in batch for rollout in row if rollout.status != ERROR):
+            raise TasksetError(
+                "the taskset recorded no reward in any episode of the checkpoint's own batch; a landscape would be 0 "
+                "everywhere. Give its tasks a @vf.reward, or record one in run() or finalize() of its environment"
+            )
         reward = np.array([[cell.reward for cell in row] for row in batch], dtype=np.float64)
         segments = [[cell.segments for cell in row] for row in batch]
         return BaseBatch(
@@ -178,6 +187,7 @@ class PointMeter:
             group_advantages(reward, self.surrogate.advantage_scale, self.surrogate.advantage_eps),
             segments,
             await score_segments(self.client, segments),
+            failures,
         )
 
     async def point(
@@ -192,7 +202,8 @@ class PointMeter:
 
         `base` is that of all tasks; `prompts`: the tasks to measure (default: all), whose rollouts are the same
         whichever others are measured with them. At the origin the scores are those of the base batch, so that ρ = 1
-        holds there exactly.
+        holds there exactly. Where episodes failed, the attributes `failed_episodes` and `first_failure` say how many
+        and why. Raises `TasksetError` where all of them did.
         """
         if prompts is None:
             prompts = range(len(self.tasks))
@@ -202,6 +213,7 @@ class PointMeter:
         clock.append(time.perf_counter())
         batch = await self._sample("fresh", prompts, progress)
         clock.append(time.perf_counter())
+        failures = check_failures(batch, f"at ({alpha:g}, {beta:g})")
         origin = alpha == 0 and beta == 0
         scored = base.logprobs if origin else await score_segments(self.client, base.segments)
         clock.append(time.perf_counter())
@@ -210,6 +222,8 @@ class PointMeter:
             data[name] = ((), float(seconds))
         data["realised_step"] = ((), move.realised_step)
         data.attrs["weight_version"] = move.version
+        if failures.failed:
+            data.attrs |= {"failed_episodes": failures.failed, "first_failure": failures.reason}
         return data, batch
 
     async def _sample(self, stream: str, prompts: range, progress: Callable[[], None]) -> list[list[Rollout]]:
@@ -244,6 +258,17 @@ class PointMeter:
         if all(cell.format_failure is not None for row in batch for cell in row):
             data["format_failure"] = fresh(lambda cell: cell.format_failure or 0.0, np.float64)
         return xr.Dataset(data)
+
+
+def check_failures(batch: Sequence[Sequence[Rollout]], where: str) -> Failures:
+    """What of a batch failed. Raises `TasksetError` with the first reason where every episode did."""
+    failures = Failures.of(batch)
+    if failures.failed == failures.episodes:
+        raise TasksetError(
+            f"every one of {failures.episodes} episodes {where} failed; the first one: {failures.reason}. "
+            "A verifier must give every reply a reward, also one that it cannot read (docs/tasksets.md)"
+        )
+    return failures
 
 
 def _mean_surprisal(rollout: Rollout) -> float:

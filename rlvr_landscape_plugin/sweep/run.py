@@ -49,9 +49,16 @@ VERIFIER = "verifier"
 
 async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     """Measure everything that `config` asks for and is not measured yet; returns the datasets' paths."""
-    from rlvr_landscape_plugin.episodes import ChatFormat, load_tasks, open_environment, prompts_hash
+    from rlvr_landscape_plugin.episodes import (
+        ChatFormat,
+        check_same_chat,
+        load_tasks,
+        open_environment,
+        prompts_hash,
+    )
 
     snapshots = _snapshots(config)
+    check_same_chat([snapshot.path for snapshot in snapshots])
     env = open_environment(config.env.id, dict(config.env.taskset))
     tasks = load_tasks(env, config.env.num_prompts)
     prompts = prompts_hash(tasks)

@@ -1,0 +1,5 @@
+"""An environment of verifiers' first interface that can still be imported."""
+
+
+def load_environment(**options):
+    return options

@@ -15,8 +15,7 @@ import numpy as np
 import xarray as xr
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.landscape import THRESHOLD
-from rlvr_landscape_analysis.schema import BASE_ROLLOUT, ERROR, PROMPT, ROLLOUT
+from rlvr_landscape_analysis.schema import BASE_ROLLOUT, ERROR, PROMPT, ROLLOUT, SOLVED
 
 POINT_DIMS = {"census": ("direction", "sign", "radius"), "path": ("path", "position"), "boundary": ()}
 """Dimensions of a point, by design."""
@@ -213,7 +212,7 @@ def _point_values(data: xr.Dataset, name: str, pairs: np.ndarray) -> np.ndarray:
     return data[name].transpose("radius", "direction", "sign").values.astype(float)[:, pairs]
 
 
-def successes(data: xr.Dataset, threshold: float = THRESHOLD) -> tuple[np.ndarray, np.ndarray]:
+def successes(data: xr.Dataset, threshold: float = SOLVED) -> tuple[np.ndarray, np.ndarray]:
     """Solved and valid rollouts of the checkpoint per prompt, int (prompts,) each; reward ≥ `threshold` solves."""
     reward = data["base_reward"]
     if "base_status" in data:

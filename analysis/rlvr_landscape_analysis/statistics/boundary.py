@@ -15,8 +15,8 @@ from scipy.special import gammaln, ndtri, stdtrit
 
 from rlvr_landscape_analysis.designs import check_design, successes
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.landscape import THRESHOLD
 from rlvr_landscape_analysis.results import BOUNDS
+from rlvr_landscape_analysis.schema import SOLVED
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap
 from rlvr_landscape_analysis.statistics.two_way import TwoWay, prompt_means
 
@@ -108,7 +108,7 @@ def boundary(
 
 def pass_threshold(data: xr.Dataset, threshold: float | None = None) -> float:
     """The reward that passes: as asked for, else as the sweep's configuration fixed it, else 0.99."""
-    return float(data.attrs.get("pass_threshold", THRESHOLD)) if threshold is None else float(threshold)
+    return float(data.attrs.get("pass_threshold", SOLVED)) if threshold is None else float(threshold)
 
 
 def _checked_ks(ks: Sequence[int] | None, rollouts: int) -> list[int]:

@@ -22,29 +22,32 @@ from scipy import stats
 RADII = (1.25, 2.5, 5.0, 10.0)
 
 
-@pytest.fixture(scope="module")
-def large():
-    """Many directions and prompts: estimates must be near the truth."""
+def test_a_large_census_finds_the_truth():
+    """Many directions and prompts: every interval (99.9 %) holds the truth and is narrow."""
     truth = CensusTruth(correlation=-0.5, drift=-0.04, spread=0.05, dimensions=10)
-    return truth, census(
-        synthetic_designs.census(truth, pairs=250, radii=RADII, prompts=250, rollouts=6, base_rollouts=32, seed=3)
-    )
-
-
-def test_a_large_census_finds_the_truth(large):
-    truth, found = large
+    data = synthetic_designs.census(truth, pairs=250, radii=RADII, prompts=250, rollouts=6, base_rollouts=32, seed=4)
+    found = census(data, confidence=0.999)
     u = np.array(RADII) / 10
-    np.testing.assert_allclose(found["kl"], truth.kl * u**2, rtol=0.1)
-    np.testing.assert_allclose(found["change"], truth.drift * u, atol=0.008)
-    np.testing.assert_allclose(found["correlation"].sel(pair="kl_reward")[1:], truth.correlation, atol=0.12)
-    np.testing.assert_allclose(found["spread"], truth.spread * u, rtol=0.2)
-    np.testing.assert_allclose(found["density"][1:], stats.norm.cdf(truth.drift / truth.spread), atol=0.06)
-    np.testing.assert_allclose(found["dimensions"], truth.dimensions, rtol=0.3)
-    np.testing.assert_allclose(found["curvature"], 2 * truth.kl / 0.1**2, rtol=0.1)
-    best = u * (truth.drift + truth.spread * expected_largest(500))
-    np.testing.assert_allclose(found["best"], best, atol=0.03)
-    # Normal theory: the best of 500 policies cannot be found by 250 prompts as well as by infinitely many.
-    assert (found["best_measured"] < found["best"] + 0.02).all()
+    known = {
+        "kl": (truth.kl * u**2, 0.15 * truth.kl * u**2),
+        "change": (truth.drift * u, 0.012),
+        "density": (np.full(4, stats.norm.cdf(truth.drift / truth.spread)), [0.4, 0.25, 0.12, 0.08]),
+        "best": (u * (truth.drift + truth.spread * expected_largest(500)), 0.03),
+        "curvature": (np.full(4, 2 * truth.kl / 0.1**2), 100),
+        "curvature_variation": (np.full(4, np.sqrt(2 / 10)), 0.1),
+        "dimensions": (np.full(4, truth.dimensions), 5),
+    }
+    for name, (true, half) in known.items():
+        low, high = found[f"{name}_interval"].values.T
+        assert (low <= true).all(), name
+        assert (high >= true).all(), name
+        assert (high - low <= 2 * np.asarray(half)).all(), name
+        assert ((low <= found[name]) & (found[name] <= high)).all(), name
+    low, high = found["correlation_interval"].sel(pair="kl_reward").values[1:].T
+    assert (low <= truth.correlation).all()
+    assert (high >= truth.correlation).all()
+    assert (high - low < [0.7, 0.4, 0.35]).all()
+    np.testing.assert_allclose(found["spread"], truth.spread * u, rtol=0.1)
 
 
 def test_correlations_equal_an_independent_computation():

@@ -47,7 +47,7 @@ def test_a_large_census_finds_the_truth():
     assert (low <= truth.correlation).all()
     assert (high >= truth.correlation).all()
     assert (high - low < [0.7, 0.4, 0.35]).all()
-    np.testing.assert_allclose(found["spread"], truth.spread * u, rtol=0.1)
+    np.testing.assert_allclose(found["spread"], truth.spread * u, rtol=0.2)
 
 
 def test_correlations_equal_an_independent_computation():

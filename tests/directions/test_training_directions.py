@@ -126,7 +126,7 @@ def test_components_only_see_what_moves(run):
 def test_blocks_do_not_change_the_components(run, monkeypatch):
     snapshots = around(run, 10).all()
     whole, share = principal_terms(snapshots, SHAPES, 1)
-    monkeypatch.setattr("rlvr_landscape_plugin.directions.spec._BLOCK", 7)
+    monkeypatch.setattr("rlvr_landscape_plugin.directions.kinds._BLOCK", 7)
     pieces, _ = principal_terms(snapshots, SHAPES, 1)
     np.testing.assert_allclose([c for c, _ in pieces], [c for c, _ in whole], rtol=1e-9)
     assert 0 < share < 1

@@ -1,7 +1,7 @@
 """The directions of a slice: what defines them, how they are drawn or computed."""
 
 from rlvr_landscape_plugin.directions.kinds import principal_terms
-from rlvr_landscape_plugin.directions.prepare import open_direction, prepare_slice
+from rlvr_landscape_plugin.directions.prepare import PreparedSlice, open_direction, prepare_slice
 from rlvr_landscape_plugin.directions.spec import (
     AXES,
     GENERATOR,
@@ -21,6 +21,7 @@ __all__ = [
     "DirectionSpec",
     "Displacement",
     "GENERATOR",
+    "PreparedSlice",
     "SliceSpec",
     "Trajectory",
     "fingerprint",

@@ -84,7 +84,10 @@ class Trajectory:
 
     @cached_property
     def displacement(self) -> Displacement:
-        """‖θ_t − θ_0‖ and ‖θ_t‖; without a fitting snapshot 0 the former is NaN and the comment says why."""
+        """‖θ_t − θ_0‖ and ‖θ_t‖; without a fitting snapshot 0 the former is NaN and the comment says why.
+
+        0 where the snapshot equals step 0, as after a step whose learning rate was 0: no radius is a multiple of it.
+        """
         theta = math.nan
         try:
             theta = math.sqrt(sum(squared(self.origin.read(name)) for name in self.origin.tensors))
@@ -93,7 +96,10 @@ class Trajectory:
             norm = math.sqrt(sum(squared(combination(change, name)) for name in self.origin.tensors))
         except SnapshotError as error:
             return Displacement(math.nan, theta, f"not known: {error}")
-        return Displacement(norm, theta, f"norm(theta - theta_0) over all tensors; theta_0 has sha256 {source}")
+        comment = f"norm(theta - theta_0) over all tensors; theta_0 has sha256 {source}"
+        if norm == 0:
+            comment += "; the snapshot equals step 0, so displacement_radius is missing"
+        return Displacement(norm, theta, comment)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,11 @@ class Displacement:
     """‖θ_t‖ over all tensors, float64."""
     comment: str
     """What it was computed from, or why it is not known."""
+
+    @property
+    def radius_factor(self) -> float:
+        """‖θ_t‖ / ‖θ_t − θ_0‖, which turns a relative step into a radius; NaN where that is not defined."""
+        return self.theta / self.norm if self.norm else math.nan
 
 
 def squared(values: np.ndarray) -> float:

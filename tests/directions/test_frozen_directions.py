@@ -60,11 +60,12 @@ def build(root: Path) -> None:
 def measure(root: Path, options: dict[str, Any]) -> dict[str, Any]:
     """What a slice's preparation gives: everything that other files and servers refer to."""
     trajectory = Trajectory.around(open_snapshot(root / "run" / "step_000005"), None)
-    spec, files, words = prepare_slice(SliceConfig(**options), 7, trajectory, root / "directions")
+    prepared = prepare_slice(SliceConfig(**options), 7, trajectory, root / "directions")
+    spec, files = prepared.spec, prepared.files
     return {
         "spec": json.loads(json.dumps(spec.as_dict())),
         "fingerprint": fingerprint(spec, SHAPES),
-        "words": words,
+        "words": dict(prepared.description),
         "folders": {axis: file.parent.name for axis, file in files.items()},
         "definitions": {axis: json.loads((file.parent / "direction.json").read_text()) for axis, file in files.items()},
         "values": {axis: load_file(file)["layers.0.q.weight"][0].tolist() for axis, file in files.items()},

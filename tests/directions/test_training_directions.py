@@ -65,7 +65,9 @@ def around(run: Path, step: int, elsewhere: Path | None = None) -> Trajectory:
 
 def prepare(run: Path, step: int, seed: int = 0, elsewhere: Path | None = None, **options: Any):
     folder = run.parent / "out" / "directions"
-    return prepare_slice(SliceConfig(**options), seed, around(run, step, elsewhere), folder)
+    prepared = prepare_slice(SliceConfig(**options), seed, around(run, step, elsewhere), folder)
+    assert prepared.snapshot == open_snapshot(run / f"step_{step:06d}")
+    return prepared.spec, prepared.files, prepared.description
 
 
 def flat(tensors: dict[str, np.ndarray]) -> np.ndarray:
@@ -307,12 +309,24 @@ def test_displacement_is_the_norm_over_everything(run):
     found = around(run, 5).displacement
     assert found.norm == pytest.approx(np.linalg.norm(flat(difference(5, 0))), rel=1e-12)
     assert found.theta == pytest.approx(np.linalg.norm(flat(weights(5))), rel=1e-12)
+    assert found.radius_factor == pytest.approx(found.theta / np.linalg.norm(flat(difference(5, 0))), rel=1e-12)
     assert open_snapshot(run / "step_000000").sha256 in found.comment
     start = around(run, 0).displacement
     assert np.isnan(start.norm)
     assert "is step 0 itself" in start.comment
     remove(run, 0)
     assert "no snapshot of step 0" in around(run, 5).displacement.comment
+
+
+def test_a_snapshot_that_equals_step_0_has_no_radius(tmp_path):
+    """As after a first step with learning rate 0 (`optimizer.warmup_steps`)."""
+    for step in (0, 1):
+        write(tmp_path / "run" / f"step_{step:06d}", weights(0))
+    found = around(tmp_path / "run", 1).displacement
+    assert found.norm == 0
+    assert np.isnan(found.radius_factor)
+    assert "the snapshot equals step 0, so displacement_radius is missing" in found.comment
+    assert found.theta == pytest.approx(np.linalg.norm(flat(weights(0))), rel=1e-12)
 
 
 def test_a_file_is_made_once_and_checked_each_time(run):

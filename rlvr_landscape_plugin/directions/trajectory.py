@@ -113,11 +113,6 @@ class Displacement:
     comment: str
     """What it was computed from, or why it is not known."""
 
-    @property
-    def radius_factor(self) -> float:
-        """‖θ_t‖ / ‖θ_t − θ_0‖, which turns a relative step into a radius; NaN where that is not defined."""
-        return self.theta / self.norm if self.norm else math.nan
-
 
 def squared(values: np.ndarray) -> float:
     return float(np.sum(np.square(values, dtype=np.float64)))

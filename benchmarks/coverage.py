@@ -1,12 +1,12 @@
 """How often 95 % intervals cover the truth, on synthetic landscapes whose truth is known.
 
-    python benchmarks/coverage.py [--datasets 500] [--processes 2]
+    python benchmarks/coverage.py [--datasets 500] [--processes 2] [--design grid|census|path|boundary]
 
 One row per landscape: shape, prompts × rollouts, heterogeneity of prompts; columns are the share of datasets whose
 interval covers the truth: correlation without a control, its linear partial, within shells, the contribution beyond
 the radius, and the split-half gain of the best neighbour (truth: the true gain of the points that the halves chose).
 `FDR` is the share of datasets with any point called better than the origin, for the flat landscape where none is. The
-last line is one JSON object.
+last line is one JSON object. The other designs have tables of their own (`coverage_designs.py`).
 """
 
 from __future__ import annotations
@@ -127,8 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--datasets", type=int, default=500)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--design", choices=("grid", "census", "path", "boundary"), default="grid")
     parser.add_argument("--shapes", nargs="*", default=None)
     arguments = parser.parse_args()
+    if arguments.design != "grid":
+        from coverage_designs import table as table_of_design
+
+        with workers(arguments.processes) as pool:
+            table_of_design(arguments.design, arguments.datasets, pool)
+        return
     print("| shape | grid | prompts × rollouts | heterogeneity | " + " | ".join(COLUMNS) + " |")
     print("|---|---|---|---|" + "---|" * len(COLUMNS), flush=True)
     rows = []

@@ -108,6 +108,29 @@ def test_two_stages_are_found_where_they_are():
     assert "five snapshots" in str(rla.two_stage([0, 1], series(0 * t)[:2], QUICK).reason.item())
 
 
+@pytest.mark.parametrize("snapshots", [5, 10, 25])
+@pytest.mark.parametrize("wandering", [False, True])
+def test_a_flat_curve_is_given_a_stage_in_five_percent_at_most(snapshots, wandering):
+    """64 prompts of unequal difficulty whose mean never changes, four rollouts; prompts stand still or wander apart."""
+    steps = np.unique(np.round(np.geomspace(1, 150, snapshots - 1)).astype(int))
+    steps = [0, *steps, *range(151, 151 + snapshots - 1 - len(steps))]
+    named, p_values = 0, []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        rates = np.repeat(rng.beta(0.8, 1.2, (1, 64)), snapshots, 0)
+        if wandering:
+            walk = np.cumsum(rng.normal(0, 0.05, (snapshots, 64)), 0)
+            rates = 0.5 + 0.35 * np.tanh(walk)
+        cells = list(rng.binomial(4, rates) / 4)
+        found = rla.two_stage(steps, cells, Bootstrap(resamples=400, seed=seed))
+        named += str(found.stage.item()) != "undecided"
+        p_values.append(float(found.flat_p))
+    # 5 % of 400 is 20, its standard error 4.4; 29 is two of them above.
+    assert named <= 29
+    assert np.mean(np.array(p_values) <= 0.05) <= 29 / 400
+    assert np.mean(np.array(p_values) <= 0.5) == pytest.approx(0.5, abs=0.1)
+
+
 def test_a_crossing_of_pass_at_k():
     base = synthetic.landscape("flat", points=3, prompts=300, rollouts=8, seed=0)
     first, last = base.copy(deep=True), base.copy(deep=True)

@@ -13,7 +13,7 @@ from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import pass_at_k_cells, per_prompt
 from rlvr_landscape_analysis.results import BOUNDS
 from rlvr_landscape_analysis.schema import PROGRESSIVE, TOKEN_LOGPROB
-from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap, centred_interval
+from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap
 from rlvr_landscape_analysis.statistics.training import mean_interval, time_axis
 
 SURPRISAL_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99)
@@ -148,17 +148,22 @@ def two_stage(steps: Sequence[int], cells: Sequence[np.ndarray], settings: Boots
 
     `cells` holds one array (prompts,) per snapshot: pass@k of the checkpoint for the largest k; of unequal arrays the
     first prompts, which all have. A broken line with one bend in ln(1 + step) is fitted to the means, the bend at the
-    inner snapshot with the least squared error. `before` and `after` are its slopes with intervals over resampled
-    prompts (bend as measured), `bend` the step, `explained` the share of the straight line's squared error that the
-    bend takes away. `stage` is `two stages` when `before` lies
-    significantly below 0 and `after` above 0, `exploitation` when coverage falls and never rises, `exploration` when it
-    rises and never falls, else `undecided`. Five snapshots are needed.
+    inner snapshot with the least squared error. `before` and `after` are its slopes, `bend` the step, `explained` the
+    share of the straight line's squared error that the bend takes away.
+
+    The bend is chosen by the data, so the intervals of the slopes hold for *all* bends at once: their half-width is
+    that of the largest |t| over all bends and both slopes when the prompts' curves, their mean taken out, get random
+    signs. So a flat curve is given a stage in at most 1 − confidence of cases, whatever the number of snapshots
+    (`flat_p`: share of random signs with a |t| as large as the measured one). `stage` is `two stages` when `before`
+    lies significantly below 0 and `after` above 0, `exploitation` when coverage falls and never rises, `exploration`
+    when it rises and never falls, else `undecided`. Five snapshots are needed.
     """
     labels = {
         "before": "slope of pass@k against ln(1 + step) before the bend",
         "after": "slope of pass@k against ln(1 + step) after the bend",
         "bend": "step of the bend",
         "explained": "share of the straight line's squared error that the bend takes away",
+        "flat_p": "p-value of a flat curve",
     }
     out: dict[str, float] = dict.fromkeys(labels, np.nan)
     bounds = {"before": (np.nan, np.nan), "after": (np.nan, np.nan)}
@@ -173,20 +178,22 @@ def two_stage(steps: Sequence[int], cells: Sequence[np.ndarray], settings: Boots
         reason = f"only {prompts} prompts are valid at every snapshot"
     else:
         t = time_axis(steps)
-        weights = settings.weights(values.shape[1])[usable]
         own = values[:, usable]
         mean = own.mean(1)
-        resampled = own @ weights / weights.sum(0)
-        straight = np.stack([np.ones_like(t), t], axis=1)
-        line_error = _squared_error(straight, mean)
+        line_error = _squared_error(np.stack([np.ones_like(t), t], axis=1), mean)
         designs = [np.column_stack([np.ones_like(t), np.minimum(t, c), np.maximum(t - c, 0)]) for c in t[1:-1]]
         errors = np.array([_squared_error(design, mean) for design in designs])
         best = int(errors.argmin())
-        solve = np.linalg.pinv(designs[best])
-        _, out["before"], out["after"] = solve @ mean
-        draws = solve @ resampled
-        for i, name in enumerate(("before", "after"), start=1):
-            bounds[name] = centred_interval(out[name], draws[i], settings, prompts)
+        slopes = np.concatenate([np.linalg.pinv(design)[1:] @ own for design in designs])
+        error = slopes.std(1, ddof=1) / np.sqrt(prompts)
+        largest = _largest_t(slopes - slopes.mean(1, keepdims=True), settings)
+        out["flat_p"] = (1 + float((largest >= np.abs(_studentised(slopes)).max()).sum())) / (1 + len(largest))
+        critical = float(np.quantile(largest, settings.level))
+        for i, name in enumerate(("before", "after")):
+            row = 2 * best + i
+            out[name] = float(slopes[row].mean())
+            half = critical * float(error[row])
+            bounds[name] = (out[name] - half, out[name] + half)
         out["bend"] = float(steps[best + 1])
         out["explained"] = 1 - errors[best] / line_error if line_error > 1e-18 else 0.0
         signs = [int(low > 0) - int(high < 0) for low, high in (bounds["before"], bounds["after"])]
@@ -200,6 +207,26 @@ def two_stage(steps: Sequence[int], cells: Sequence[np.ndarray], settings: Boots
     variables |= {f"{name}_interval": ("bound", np.array(bound)) for name, bound in bounds.items()}
     variables |= {"stage": ((), stage), "reason": ((), reason), "prompts": ((), prompts)}
     return xr.Dataset(variables, {"bound": list(BOUNDS)})
+
+
+def _studentised(values: np.ndarray) -> np.ndarray:
+    """Mean by its standard error over the last axis; 0 where all are 0."""
+    mean, error = values.mean(-1), values.std(-1, ddof=1) / np.sqrt(values.shape[-1])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error > 0, mean / error, np.where(np.abs(mean) > 1e-15, np.inf, 0.0))
+
+
+def _largest_t(centred: np.ndarray, settings: Bootstrap) -> np.ndarray:
+    """Largest |t| over the rows of `centred` (slopes, prompts) when prompts get random signs, (resamples,)."""
+    prompts = centred.shape[1]
+    rng = np.random.default_rng(np.random.SeedSequence([settings.seed, prompts, 3]))
+    signs = rng.choice(np.array([-1.0, 1.0]), size=(prompts, settings.resamples))
+    mean = centred @ signs / prompts
+    square = (centred**2).mean(1, keepdims=True)
+    error = np.sqrt(np.maximum(square - mean**2, 0) / (prompts - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(error > 1e-15, np.abs(mean) / error, 0.0)
+    return t.max(0)
 
 
 def _squared_error(design: np.ndarray, values: np.ndarray) -> float:

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,10 +54,9 @@ FEEDS = MappingProxyType(
 PRIME_RL_FEEDS = frozenset({"logprobs", "old_logprobs", "advantages", "mask"})
 """prime-rl's custom loss under its `grpo` algorithm: one sequence a call (`per_sequence=True` in `check_feeds`). Its
 `ref_logprobs` are filled only by algorithms that score a reference; whoever runs one adds `reference_logprobs`."""
-TRL_FEEDS = frozenset(FEEDS)
-"""TRL's GRPOTrainer: everything, one micro-batch a call; reference log-probabilities only with its `beta` above 0."""
 LANDSCAPE_FEEDS = frozenset({"logprobs", "old_logprobs", "advantages", "mask", "generator"})
-"""The landscape: its server returns log-probabilities of the sampled tokens, not whole distributions."""
+"""The landscape: its server returns log-probabilities of the sampled tokens, not whole distributions, and holds one
+snapshot, not a reference beside it."""
 
 
 # Advantages
@@ -68,11 +69,14 @@ def group_advantages(rewards: Array, scale: str, eps: float) -> Array:
     the correction open); `none`: r − mean (Dr. GRPO, arXiv 2503.20783). A failed rollout (NaN) stays out of the
     group's statistics and gets advantage 0. Statistics are those of the full group: objectives that drop samples by the
     sign of the advantage do so afterwards. A deviation below the rounding error of the mean is exactly 0, so that equal
-    rewards have no sign. Raises ValueError for another `scale`.
+    rewards have no sign. Groups of two with `std` get −1, 0 or 1 whatever the rewards are, which is said once a process
+    as a warning. Raises ValueError for another `scale`.
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale is {scale!r}, expected 'std' or 'none'")
     rewards = rewards if is_array_api_obj(rewards) else np.asarray(rewards)
+    if scale == "std" and rewards.shape[1] == 2:
+        _warn_of_pairs()
     xp = array_namespace(rewards)
     rewards = xp.astype(rewards, xp.float64)
     failed = xp.isnan(rewards)
@@ -85,6 +89,15 @@ def group_advantages(rewards: Array, scale: str, eps: float) -> Array:
     if scale == "none":
         return centred
     return centred / (xp.sqrt(xp.sum(centred * centred, axis=1, keepdims=True) / count) + eps)
+
+
+@cache
+def _warn_of_pairs() -> None:
+    warnings.warn(
+        "two rollouts per task with advantage_scale = 'std': every advantage is -1, 0 or 1, however far apart the two "
+        "rewards are; take more rollouts, or advantage_scale = 'none'",
+        stacklevel=3,
+    )
 
 
 # Terms per token
@@ -138,6 +151,17 @@ class Terms(NamedTuple):
     """bool: the tokens of the normaliser."""
     bound: Array
     """bool: the tokens whose gradient the objective's clip removed."""
+
+
+class Completions(NamedTuple):
+    """An objective before it is averaged over completions: J = Σ value / Σ weight."""
+
+    value: Array
+    """(sequence,): its terms, added up as the aggregation says."""
+    weight: Array
+    """(sequence,): counted tokens for `token_mean`; otherwise 1, and 0 for a completion that counts nowhere."""
+    bound: Array
+    """(sequence, token), bool: the tokens whose gradient the objective's clip removed."""
 
 
 @dataclass(frozen=True)
@@ -429,6 +453,30 @@ class Objective:
         """The terms before aggregation and without the KL penalty: what to log (clip fractions) and to plot."""
         return self.terms(self._batch(feeds), **_own(self.options))
 
+    def per_completion(self, **feeds: Any) -> Completions:
+        """What each completion contributes: J = Σ `value` / Σ `weight` over the batch, exactly.
+
+        Takes the feeds as a call does. Raises ConfigurationError for a KL penalty, which counts other tokens than the
+        objective may, otherwise as a call.
+        """
+        options = self.options
+        if options["kl_coefficient"]:
+            raise ConfigurationError(
+                f"{self.name} with kl_coefficient = {options['kl_coefficient']} has no value per completion; leave the "
+                "penalty out"
+            )
+        _check_constant(self.name, options["aggregation"], options["constant"])
+        terms = self.token_terms(**feeds)
+        xp = array_namespace(terms.value)
+        total = xp.sum(terms.value, axis=1)
+        if options["aggregation"] == "token_mean":
+            return Completions(total, xp.astype(_total(terms.counted, axis=1), total.dtype), terms.bound)
+        length = _count(terms.counted, total, axis=1)
+        weight = xp.astype(xp.any(terms.counted, axis=1), total.dtype)
+        return Completions(
+            total / (length if options["aggregation"] == "sequence_mean" else options["constant"]), weight, terms.bound
+        )
+
     def sequence_sum(self, *, weights: Array | None = None, **feeds: Any) -> Array:
         """One sequence's share of J · (sampled tokens of all sequences), a scalar array; all arrays are (token,).
 
@@ -575,7 +623,7 @@ def check_feeds(
 ) -> None:
     """Refuse an objective that `trainer` cannot compute exactly.
 
-    `available`: names in `FEEDS` (`PRIME_RL_FEEDS`, `TRL_FEEDS`, `LANDSCAPE_FEEDS`). `trainer`: how to call it in the
+    `available`: names in `FEEDS` (`PRIME_RL_FEEDS`, `LANDSCAPE_FEEDS`). `trainer`: how to call it in the
     message. `per_sequence`: it sees one sequence at a time and divides the sum by the global token count. Raises
     ConfigurationError that names the objective, the trainer and what is missing.
     """

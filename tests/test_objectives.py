@@ -9,6 +9,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from rlvr_landscape_plugin.objectives import (
     LANDSCAPE_FEEDS,
     OBJECTIVES,
     PRIME_RL_FEEDS,
-    TRL_FEEDS,
     ReferenceSchedule,
     aggregate,
     check_feeds,
@@ -514,7 +514,7 @@ def test_what_each_trainer_can_run():
     possible = {"grpo", "dapo", "grpo_n"}
     for name, objective in OBJECTIVES.items():
         objective = configure(name, constant=10) if name == "dr_grpo" else objective
-        check_feeds(objective, TRL_FEEDS, "TRL")
+        check_feeds(objective, FEEDS, "TRL")
         if name in possible:
             check_feeds(objective, PRIME_RL_FEEDS, "prime-rl's custom loss", per_sequence=True)
         else:
@@ -742,3 +742,19 @@ def test_a_packed_batch_is_its_padded_one():
     padded = feeds | {"mask": np.arange(5) < np.array(lengths)[:, None]}
     _, slope = value_and_gradient(OBJECTIVES["gspo"], padded)
     np.testing.assert_allclose(packed.grad.numpy(), slope[padded["mask"]], rtol=1e-12)
+
+
+def test_groups_of_two_have_advantages_without_size_and_say_so_once():
+    from rlvr_landscape_plugin import objectives
+
+    objectives._warn_of_pairs.cache_clear()
+    rewards = np.array([[0.5, 0.5], [0.1, 0.9], [0.50, 0.51]])
+    with pytest.warns(UserWarning, match="two rollouts per task .* every advantage is -1, 0 or 1"):
+        advantages = group_advantages(rewards, "std", 1e-12)
+    np.testing.assert_allclose(advantages, [[0, 0], [-1, 1], [-1, 1]], atol=1e-9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group_advantages(rewards, "std", 1e-12)
+        objectives._warn_of_pairs.cache_clear()
+        np.testing.assert_allclose(group_advantages(rewards, "none", 1e-12), [[0, 0], [-0.4, 0.4], [-0.005, 0.005]])
+        group_advantages(np.zeros((2, 3)), "std", 1e-12)

@@ -23,7 +23,8 @@ def per_prompt(data: xr.Dataset, *, threshold: float = SOLVED) -> xr.Dataset:
 
     Averaged over the rollouts that did not fail: every float variable of the schema. Added: `rollouts` (valid rollouts
     of a prompt at a point), `successes` (of them with reward ≥ `threshold`), `tokens` (prompt; mean completion tokens
-    of the base batch, the denominator of J). Lazy arrays stay lazy. Attributes, coordinates and units are kept.
+    of the base batch, the denominator of J unless the dataset has `surrogate_weight`). Lazy arrays stay lazy.
+    Attributes, coordinates and units are kept.
     """
     if is_reduced(data):
         return data
@@ -40,6 +41,8 @@ def per_prompt(data: xr.Dataset, *, threshold: float = SOLVED) -> xr.Dataset:
     variables["successes"] = solved.assign_attrs(long_name=f"rollouts with reward >= {threshold:g}", units="1")
     if "base_tokens" in data:
         variables["tokens"] = rollout_mean(data["base_tokens"])
+    if "surrogate_weight" in data:
+        variables["surrogate_weight"] = rollout_mean(data["surrogate_weight"])
     for name in ("realised_step", "displacement_radius"):
         if name in data:
             variables[name] = data[name]
@@ -140,18 +143,21 @@ def _kl_name(data: xr.Dataset, estimator: str) -> str:
 
 
 def surrogate(data: xr.Dataset) -> xr.Dataset:
-    """Token-normalised surrogate J per point: `mean` and `standard_error`, dims (alpha, beta).
+    """The objective J per point: `mean` and `standard_error`, dims (alpha, beta).
 
-    J = Σ surrogate / Σ base_tokens (SPEC §2), a ratio of means over prompts; its standard error is that of the ratio
-    (delta method: residuals s_i − J t_i, divided by the mean of t; Cochran 1977, §6).
+    J = Σ surrogate / Σ weight, a ratio of means over prompts; its standard error is that of the ratio (delta method:
+    residuals s_i − J w_i, divided by the mean of w; Cochran 1977, §6). The weight is `base_tokens` for GRPO's clipped
+    objective token by token, and `surrogate_weight` where the dataset holds another objective or aggregation.
     """
     reduced = per_prompt(data)
     if "tokens" not in reduced or "surrogate" not in reduced:
         raise AnalysisError("the surrogate needs the variables 'surrogate' and 'base_tokens'")
-    sums, tokens = reduced["surrogate"], reduced["tokens"].where(reduced["surrogate"].notnull())
-    mean = sums.mean("prompt") / tokens.mean("prompt")
-    error = standard_error(sums - mean * tokens) / tokens.mean("prompt")
-    mean.attrs = {"long_name": "surrogate J per token", "units": "1", "ancillary_variables": "standard_error"}
+    weight = reduced["surrogate_weight"] if "surrogate_weight" in reduced else reduced["tokens"]
+    sums, weights = reduced["surrogate"], weight.where(reduced["surrogate"].notnull())
+    mean = sums.mean("prompt") / weights.mean("prompt")
+    error = standard_error(sums - mean * weights) / weights.mean("prompt")
+    name = "objective J" if "surrogate_weight" in reduced else "surrogate J per token"
+    mean.attrs = {"long_name": name, "units": "1", "ancillary_variables": "standard_error"}
     error.attrs = {"long_name": "standard error of the surrogate J", "units": "1"}
     return xr.Dataset({"mean": mean, "standard_error": error})
 

@@ -132,6 +132,14 @@ SCHEMA: dict[str, Variable] = {
     "base_status": Variable("base", "i1", "1", "outcome of a checkpoint rollout", "", _STATUS),
     "base_advantage": Variable("base", "f8", "1", "group-relative advantage of a checkpoint completion"),
     "base_tokens": Variable("base", "i4", "token", "sampled tokens of a checkpoint completion, all turns"),
+    "surrogate_weight": Variable(
+        "base",
+        "f8",
+        "1",
+        "weight of a checkpoint completion in the objective",
+        "J = sum(surrogate) / sum(surrogate_weight); absent for GRPO's clipped objective, token by token",
+        required=False,
+    ),
     "base_logprob": Variable(
         "base",
         "f8",

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, StrictConfig
+from rlvr_landscape_plugin.objectives import LANDSCAPE_FEEDS, Objective, check_feeds, configure
 
 MOST_POINTS = 1_000_000
 """Points of one grid, and of one axis; more is a typing mistake."""
@@ -191,16 +192,48 @@ class SamplingConfig(StrictConfig):
 
 
 class SurrogateConfig(StrictConfig):
-    """The GRPO objective that the landscape reports."""
+    """The training objective that the landscape reports, by the functions that train; default: GRPO's clipped one."""
 
+    objective: str = "grpo"
+    """`grpo`, `dr_grpo`, `dapo`, `gspo`, `grpo_n`, `gspo_n`, `kl_cov`, `clip_cov`: see docs/objectives.md."""
+    options: dict[str, Any] = {}
+    """Options of that objective, as in training; the clip range of `grpo` is `clip_low` and `clip_high` below."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """ε below: ratios under 1 − ε are clipped."""
+    """ε below of `grpo`: ratios under 1 − ε are clipped."""
     clip_high: float = Field(default=0.2, gt=0)
-    """ε above: ratios over 1 + ε are clipped."""
+    """ε above of `grpo`: ratios over 1 + ε are clipped."""
     advantage_scale: Literal["std", "none"] = "std"
-    """`std`: (r − mean)/(std + eps), population standard deviation of the group. `none`: r − mean, as prime-rl 0.8."""
+    """`std`: (r − mean)/(std + eps), population standard deviation of the group. `none`: r − mean, as prime-rl 0.8.
+    Another objective's default is that of its source (`dr_grpo`: `none`)."""
     advantage_eps: float = Field(default=1e-8, gt=0)
     """Guard of the division."""
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> SurrogateConfig:
+        for key in ("clip_low", "clip_high"):
+            if self.objective != "grpo" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} is for objective = 'grpo'; for {self.objective!r} write "
+                    f"options.{key}"
+                )
+            if self.objective == "grpo" and key in self.options:
+                raise ValueError(f"options.{key} of objective 'grpo' is {key} of this table; write it there")
+        objective = self.trained
+        check_feeds(objective, LANDSCAPE_FEEDS, "a landscape")
+        if "advantage_scale" not in self.model_fields_set:
+            self.advantage_scale = "none" if objective.advantage_scale == "none" else "std"
+        return self
+
+    @property
+    def trained(self) -> Objective:
+        """The objective with its options."""
+        clips = {"clip_low": self.clip_low, "clip_high": self.clip_high} if self.objective == "grpo" else {}
+        return configure(self.objective, **clips, **self.options)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is GRPO's clipped objective, averaged over tokens, as every landscape before had it."""
+        return self.objective == "grpo" and not self.options
 
 
 class ServerConfig(StrictConfig):
@@ -289,6 +322,12 @@ class SweepConfig(StrictConfig):
                 f"shard = {self.shard!r} with until_ci_width = {self.until_ci_width}: a progressive sweep decides on "
                 "all points after each round; give one process several server.urls instead"
             )
+        if self.until_ci_width is not None and self.surrogate.trained.of_batch:
+            raise ValueError(
+                f"surrogate.objective = {self.surrogate.objective!r} with until_ci_width = {self.until_ci_width}: its "
+                "terms depend on the whole batch, a progressive sweep measures some tasks after others; choose another "
+                "objective, or leave until_ci_width out"
+            )
         return self
 
     @field_validator("shard")
@@ -323,6 +362,11 @@ class SweepConfig(StrictConfig):
                 del data["slice"][key]
         if data["grid"]["find"] is None:
             del data["grid"]["find"]
+        # The usual objective is named as before there were others.
+        if data["surrogate"]["objective"] == "grpo":
+            del data["surrogate"]["objective"]
+        if not data["surrogate"]["options"]:
+            del data["surrogate"]["options"]
         server: dict[str, Any] = {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}
         if self.server.directions_memory == "half":
             server["directions_memory"] = "half"

@@ -127,6 +127,14 @@ SCHEMA: dict[str, Variable] = {
     ),
     "base_advantage": Variable(CELL, "f8", "1", "group-relative advantage of a checkpoint completion"),
     "base_tokens": Variable(CELL, "i4", "token", "sampled tokens of a checkpoint completion, all turns"),
+    "surrogate_weight": Variable(
+        CELL,
+        "f8",
+        "1",
+        "weight of a checkpoint completion in the objective",
+        "J = sum(surrogate) / sum(surrogate_weight); absent for GRPO's clipped objective, token by token",
+        required=False,
+    ),
     "base_logprob": Variable(CELL, "f8", "nat", "log-probability of a checkpoint completion, re-scored at the origin"),
     "base_sampled_logprob": Variable(
         CELL,

@@ -1,30 +1,38 @@
 """One grid point: move, sample, score → arrays with dims (prompt, rollout).
 
-Definitions are those of docs/design.md: rewards come from fresh rollouts of the moved policy; KL and surrogate come
-from the checkpoint's own completions, scored under the moved weights in one teacher-forced pass. All sums over tokens
-are taken in float64. Nothing here knows of grids, files or progress bars.
+Definitions are those of docs/measurement.md: rewards come from fresh rollouts of the moved policy; KL and surrogate
+come from the checkpoint's own completions, scored under the moved weights in one teacher-forced pass. All sums over
+tokens are taken in float64. Nothing here knows of designs, files or progress bars.
+
+Two ways lead to the surrogate. GRPO's clipped objective, the default, is summed completion by completion
+(`token_scores`). Any other objective of `objectives.OBJECTIVES` is asked for all completions at once, because its terms
+may depend on the batch; then the base batch has a weight per completion, and J = Σ surrogate / Σ surrogate_weight.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
+from rlvr_landscape_analysis.schema import BASE_ROLLOUT, PROMPT, ROLLOUT
 
 from rlvr_landscape_plugin.config import SurrogateConfig
-from rlvr_landscape_plugin.episodes import ERROR, EpisodeRunner, Failures, Rollout, Segment, sampling_seed
-from rlvr_landscape_plugin.errors import TasksetError
-from rlvr_landscape_plugin.objectives import clipped_term, group_advantages
+from rlvr_landscape_plugin.episodes import ERROR, TRUNCATED, EpisodeRunner, Failures, Rollout, Segment, sampling_seed
+from rlvr_landscape_plugin.errors import ConfigurationError, TasksetError
+from rlvr_landscape_plugin.objectives import Completions, Objective, clipped_term, group_advantages, pad
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
+    from numpy.typing import DTypeLike
 
-DIMS = ("prompt", "rollout")
+DIMS = (PROMPT, ROLLOUT)
+OWN_DIMS = (PROMPT, BASE_ROLLOUT)
+"""Of the checkpoint's own completions, where it has another number of rollouts than the points."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,18 @@ class BaseBatch:
     """[prompt][rollout] → token sequences."""
     logprobs: list[list[np.ndarray]]
     """[prompt][rollout] → log π_checkpoint of its sampled tokens, re-scored at the origin, nat."""
+    weight: np.ndarray | None = None
+    """float64 (prompt, rollout): each completion's weight in J, NaN where the rollout failed; None for the usual
+    objective, whose weight is the number of tokens."""
+    apart: bool = False
+    """Whether its rollouts have a dimension of their own, because points have another number of them."""
     failures: Failures | None = None
     """What of it failed; None where it was read from the disk."""
+
+    @property
+    def dims(self) -> tuple[str, str]:
+        """Dimensions of what is known of each of its completions."""
+        return OWN_DIMS if self.apart else DIMS
 
     @property
     def tokens(self) -> np.ndarray:
@@ -84,8 +102,15 @@ class BaseBatch:
     def part(self, prompts: range) -> BaseBatch:
         """That of some prompts, which follow on each other."""
         some = slice(prompts.start, prompts.stop)
-        reward, status, advantage = (values[some] for values in (self.reward, self.status, self.advantage))
-        return BaseBatch(reward, status, advantage, self.segments[some], self.logprobs[some])
+        return replace(
+            self,
+            reward=self.reward[some],
+            status=self.status[some],
+            advantage=self.advantage[some],
+            segments=self.segments[some],
+            logprobs=self.logprobs[some],
+            weight=None if self.weight is None else self.weight[some],
+        )
 
     def to_dataset(self) -> xr.Dataset:
         """Everything, tokens included, as a dataset that `from_dataset` reads back bit for bit."""
@@ -94,17 +119,19 @@ class BaseBatch:
         sampled = np.array([[_sum(part.logprobs for part in cell) for cell in row] for row in self.segments])
         rescored = np.array([[float(np.sum(cell, dtype=np.float64)) for cell in row] for row in self.logprobs])
 
-        def join(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+        def join(parts: Sequence[np.ndarray], dtype: DTypeLike) -> np.ndarray:
             return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 
+        dims = self.dims
         return xr.Dataset(
             {
-                "base_reward": (DIMS, self.reward),
-                "base_status": (DIMS, self.status),
-                "base_advantage": (DIMS, self.advantage),
-                "base_tokens": (DIMS, self.tokens),
-                "base_logprob": (DIMS, rescored),
-                "base_sampled_logprob": (DIMS, sampled),
+                "base_reward": (dims, self.reward),
+                "base_status": (dims, self.status),
+                "base_advantage": (dims, self.advantage),
+                "base_tokens": (dims, self.tokens),
+                "base_logprob": (dims, rescored),
+                "base_sampled_logprob": (dims, sampled),
+                **({} if self.weight is None else {"surrogate_weight": (dims, self.weight)}),
                 "segment_prompt": ("segment", np.array([p for p, _, _ in flat], np.int32)),
                 "segment_rollout": ("segment", np.array([r for _, r, _ in flat], np.int32)),
                 "segment_length": ("segment", np.array([len(s.tokens) for _, _, s in flat], np.int32)),
@@ -121,7 +148,7 @@ class BaseBatch:
     @classmethod
     def from_dataset(cls, data: xr.Dataset) -> BaseBatch:
         """The inverse of `to_dataset`."""
-        prompts, rollouts = data.sizes["prompt"], data.sizes["rollout"]
+        prompts, rollouts = data["base_reward"].shape
         segments: list[list[list[Segment]]] = [[[] for _ in range(rollouts)] for _ in range(prompts)]
         logprobs: list[list[list[np.ndarray]]] = [[[] for _ in range(rollouts)] for _ in range(prompts)]
         ids, flags = data["token_id"].values, data["token_sampled"].values.astype(bool)
@@ -141,10 +168,12 @@ class BaseBatch:
             data["base_advantage"].values.astype(np.float64),
             segments,
             [[np.concatenate(cell) if cell else np.zeros(0, np.float32) for cell in row] for row in logprobs],
+            data["surrogate_weight"].values.astype(np.float64) if "surrogate_weight" in data else None,
+            apart=data["base_reward"].dims == OWN_DIMS,
         )
 
 
-def _sum(parts: Any) -> float:
+def _sum(parts: Iterable[np.ndarray]) -> float:
     return float(sum(float(np.sum(part, dtype=np.float64)) for part in parts))
 
 
@@ -169,10 +198,16 @@ class PointMeter:
     rollouts: int
     seed: int
     surrogate: SurrogateConfig
+    base_rollouts: int | None = None
+    """Rollouts per task of the checkpoint's own batch, which then has a dimension for them; None: `rollouts`."""
 
     async def base(self, progress: Callable[[], None], prompts: range | None = None) -> BaseBatch:
-        """Sample and re-score the checkpoint's own batch, on some or all tasks; the server must stand at the origin."""
-        batch = await self._sample("base", prompts or range(len(self.tasks)), progress)
+        """Sample and re-score the checkpoint's own batch, on some or all tasks; the server must stand at the origin.
+
+        Raises `TasksetError` where every episode failed, or none recorded a reward.
+        """
+        rollouts = self.rollouts if self.base_rollouts is None else self.base_rollouts
+        batch = await self._sample("base", prompts or range(len(self.tasks)), rollouts, progress)
         failures = check_failures(batch, "of the checkpoint's own batch")
         if not any(rollout.paid for row in batch for rollout in row if rollout.status != ERROR):
             raise TasksetError(
@@ -181,14 +216,18 @@ class PointMeter:
             )
         reward = np.array([[cell.reward for cell in row] for row in batch], dtype=np.float64)
         segments = [[cell.segments for cell in row] for row in batch]
-        return BaseBatch(
+        base = BaseBatch(
             reward,
             np.array([[cell.status for cell in row] for row in batch], dtype=np.int8),
             group_advantages(reward, self.surrogate.advantage_scale, self.surrogate.advantage_eps),
             segments,
             await score_segments(self.client, segments),
-            failures,
+            apart=self.base_rollouts is not None,
+            failures=failures,
         )
+        if not self.surrogate.is_usual:
+            base.weight = objective_scores(base, base.logprobs, self.surrogate.trained, self.seed).weight
+        return base
 
     async def point(
         self,
@@ -207,17 +246,18 @@ class PointMeter:
         """
         if prompts is None:
             prompts = range(len(self.tasks))
+        whole = len(prompts) == len(base.reward)
         base = base.part(prompts)
         clock = [time.perf_counter()]
         move = await self.client.move(alpha, beta)
         clock.append(time.perf_counter())
-        batch = await self._sample("fresh", prompts, progress)
+        batch = await self._sample("fresh", prompts, self.rollouts, progress)
         clock.append(time.perf_counter())
         failures = check_failures(batch, f"at ({alpha:g}, {beta:g})")
         origin = alpha == 0 and beta == 0
         scored = base.logprobs if origin else await score_segments(self.client, base.segments)
         clock.append(time.perf_counter())
-        data = self._arrays(base, batch, scored)
+        data = self._arrays(base, batch, scored, whole)
         for name, seconds in zip(("seconds_move", "seconds_sample", "seconds_score"), np.diff(clock), strict=True):
             data[name] = ((), float(seconds))
         data["realised_step"] = ((), move.realised_step)
@@ -226,38 +266,95 @@ class PointMeter:
             data.attrs |= {"failed_episodes": failures.failed, "first_failure": failures.reason}
         return data, batch
 
-    async def _sample(self, stream: str, prompts: range, progress: Callable[[], None]) -> list[list[Rollout]]:
+    async def _sample(
+        self, stream: str, prompts: range, rollouts: int, progress: Callable[[], None]
+    ) -> list[list[Rollout]]:
         def seed(prompt: int, rollout: int, turn: int) -> int:
             return sampling_seed(self.seed, stream, prompts[prompt], rollout, turn)
 
-        return await self.runner.batch(self.tasks[prompts.start : prompts.stop], self.rollouts, seed, progress)
+        return await self.runner.batch(self.tasks[prompts.start : prompts.stop], rollouts, seed, progress)
 
-    def _arrays(self, base: BaseBatch, batch: list[list[Rollout]], scored: list[list[np.ndarray]]) -> xr.Dataset:
+    def _arrays(
+        self, base: BaseBatch, batch: list[list[Rollout]], scored: list[list[np.ndarray]], whole: bool
+    ) -> xr.Dataset:
         low, high = self.surrogate.clip_low, self.surrogate.clip_high
-        shape = base.reward.shape
         names = ("kl_k1", "kl_k3", "surrogate", "clip_fraction")
-        scores = {name: np.full(shape, np.nan) for name in names}
-        for cell in np.ndindex(shape):
+        scores = {name: np.full(base.reward.shape, np.nan) for name in names}
+        for cell in np.ndindex(base.reward.shape):
             if base.status[cell] != ERROR:
                 p, r = cell
                 result = token_scores(scored[p][r], base.logprobs[p][r], float(base.advantage[cell]), low, high)
                 for name in names:
                     scores[name][cell] = getattr(result, name)
+        if not self.surrogate.is_usual:
+            objective = self.surrogate.trained
+            if objective.of_batch and not whole:
+                raise ConfigurationError(
+                    f"surrogate.objective = {objective.name!r} depends on the whole batch and cannot be measured on "
+                    "some of the tasks; choose another objective, or measure all tasks at once"
+                )
+            drawn = objective_scores(base, scored, objective, self.seed)
+            scores["surrogate"], scores["clip_fraction"] = drawn.surrogate, drawn.clip_fraction
 
-        def fresh(value: Callable[[Rollout], float], dtype: Any) -> tuple[tuple[str, str], np.ndarray]:
+        def fresh(value: Callable[[Rollout], float], dtype: DTypeLike) -> tuple[tuple[str, str], np.ndarray]:
             return DIMS, np.array([[value(cell) for cell in row] for row in batch], dtype=dtype)
 
         data = {
-            **{name: (DIMS, values) for name, values in scores.items()},
+            **{name: (base.dims, values) for name, values in scores.items()},
             "reward": fresh(lambda cell: cell.reward, np.float64),
             "status": fresh(lambda cell: cell.status, np.int8),
-            "truncated": fresh(lambda cell: cell.status == 1, np.int8),
+            "truncated": fresh(lambda cell: cell.status == TRUNCATED, np.int8),
             "completion_tokens": fresh(lambda cell: cell.completion_tokens, np.int32),
             "entropy": fresh(_mean_surprisal, np.float64),
         }
-        if all(cell.format_failure is not None for row in batch for cell in row):
-            data["format_failure"] = fresh(lambda cell: cell.format_failure or 0.0, np.float64)
+        if any(cell.format_failure is not None for row in batch for cell in row):
+            # A rollout that failed has no metric, the others keep theirs.
+            missing = float("nan")
+            data["format_failure"] = fresh(
+                lambda cell: missing if cell.format_failure is None else cell.format_failure, np.float64
+            )
         return xr.Dataset(data)
+
+
+@dataclass(frozen=True)
+class ObjectiveScores:
+    """What an objective makes of every completion of the base batch; arrays (prompt, rollout), NaN for a failed one."""
+
+    surrogate: np.ndarray
+    """float64; J = Σ surrogate / Σ weight."""
+    weight: np.ndarray
+    """float64, the same at every point."""
+    clip_fraction: np.ndarray
+    """float64, share of its tokens whose gradient the objective's clip removes; 0 without tokens."""
+
+
+def objective_scores(
+    base: BaseBatch, scored: Sequence[Sequence[np.ndarray]], objective: Objective, seed: int
+) -> ObjectiveScores:
+    """Ask `objective` for the base batch under moved weights, whose log π is `scored` ([prompt][rollout], nat).
+
+    `seed`: of objectives that draw, which draw the same at every point. A completion with a log-probability that is not
+    finite, as weights far out may give, is missing.
+    """
+    nothing = np.full(base.reward.shape, np.nan)
+    surrogate, weight, clip_fraction = nothing, nothing.copy(), nothing.copy()
+    cells = [cell for cell in np.ndindex(base.reward.shape) if base.status[cell] != ERROR]
+    if not cells:
+        return ObjectiveScores(surrogate, weight, clip_fraction)
+    old, mask = pad([np.asarray(base.logprobs[p][r], np.float64) for p, r in cells])
+    new, _ = pad([np.asarray(scored[p][r], np.float64) for p, r in cells])
+    broken = (mask & ~np.isfinite(new)).any(axis=1)
+    mask = mask & ~broken[:, None]
+    advantages = np.array([base.advantage[cell] for cell in cells], np.float64)
+    feeds = {"logprobs": new, "old_logprobs": old, "advantages": advantages, "mask": mask}
+    if "generator" in objective.needs:
+        feeds["generator"] = np.random.default_rng(seed).random(mask.shape)
+    result: Completions = objective.per_completion(**feeds)
+    bound = (result.bound & mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+    for row, cell in enumerate(cells):
+        if not broken[row]:
+            surrogate[cell], weight[cell], clip_fraction[cell] = result.value[row], result.weight[row], bound[row]
+    return ObjectiveScores(surrogate, weight, clip_fraction)
 
 
 def check_failures(batch: Sequence[Sequence[Rollout]], where: str) -> Failures:
@@ -286,11 +383,11 @@ async def rescored_dataset(client: LandscapeClient, base: BaseBatch) -> xr.Datas
     return xr.Dataset(
         {
             "recheck_logprob": (
-                DIMS,
+                base.dims,
                 np.array([[float(np.sum(new, dtype=np.float64)) for new, _ in r] for r in pairs]),
             ),
             "recheck_max_difference": (
-                DIMS,
+                base.dims,
                 np.array([[float(np.max(np.abs(new - old), initial=0.0)) for new, old in r] for r in pairs]),
             ),
         }

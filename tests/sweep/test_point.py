@@ -92,8 +92,8 @@ async def test_a_portion_of_the_tasks_draws_what_it_draws_among_all():
 
     anything: Any = Runner()
     meter = PointMeter(anything, anything, list("abcde"), 2, 7, SurrogateConfig())  # pyright: ignore[reportArgumentType]
-    whole = await meter._sample("fresh", range(5), lambda: None)
-    assert await meter._sample("fresh", range(2, 4), lambda: None) == whole[2:4]
+    whole = await meter._sample("fresh", range(5), 2, lambda: None)
+    assert await meter._sample("fresh", range(2, 4), 2, lambda: None) == whole[2:4]
     assert whole[2][1] == ("c", sampling_seed(7, "fresh", 2, 1, 1))
 
 

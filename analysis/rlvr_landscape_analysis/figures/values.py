@@ -114,7 +114,7 @@ def as_map(data: xr.Dataset, names: Iterable[str] = ("reward", "kl")) -> xr.Data
 def _reduce(data: xr.Dataset, names: list[str]) -> xr.Dataset:
     check_landscape(data)
     rollouts = data.sizes["rollout"] if "rollout" in data.dims else int(data.attrs["rollouts"])
-    helpers = {"base_tokens", "tokens", "rollouts", "successes", "reward", "kl_k1"}
+    helpers = {"base_tokens", "tokens", "surrogate_weight", "rollouts", "successes", "reward", "kl_k1"}
     wanted = helpers | {_RAW.get(name, name) for name in names}
     reduced = per_prompt(data[[name for name in data.data_vars if name in wanted]])
     out: dict[str, xr.DataArray] = {"radius": radius(reduced)}

@@ -19,6 +19,7 @@ import gc
 import inspect
 import json
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ import numpy as np
 
 from rlvr_landscape_plugin.episodes.chat import ChatFormat
 from rlvr_landscape_plugin.episodes.rollouts import ERROR, OK, TRUNCATED, Rollout, segments_of
-from rlvr_landscape_plugin.episodes.tasksets import role_config, unfit
+from rlvr_landscape_plugin.episodes.tasksets import role_config, runtime_needs, unfit, why_unfit
 from rlvr_landscape_plugin.errors import LandscapeError, TasksetError
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class EpisodeRunner:
     max_model_len: int
     max_concurrent: int = 512
     keep_traces: bool = False
+    runtime: bool = False
+    """Give an episode a subprocess runtime where its task needs one: programs of the taskset, and what they do with
+    the policy's replies, then run on this machine as this user."""
     agent_config: vf.AgentConfig = field(init=False)
     """That of the environment's one role, as it is recorded in traces."""
 
@@ -69,6 +73,8 @@ class EpisodeRunner:
         )
         self._gate = asyncio.Semaphore(self.max_concurrent)
         self._known: dict[int, _KnownTask] = {}
+        # Each runtime starts processes; the conversations themselves wait for nothing but the server.
+        self.runtime_gate = asyncio.Semaphore(len(os.sched_getaffinity(0)))
 
     async def batch(
         self,
@@ -168,10 +174,10 @@ class EpisodeRunner:
         found = self._known.get(id(task))
         if found is not None and found.task is task:
             return found
-        if problems := unfit(task):
+        if problems := unfit(task, self.runtime):
             raise TasksetError(
-                f"{type(self.env).__name__}.run() made a {type(task).__name__} that needs more than an in-process chat "
-                f"loop: {', '.join(problems)} (docs/tasksets.md)"
+                f"{type(self.env).__name__}.run() made a {type(task).__name__} that needs more than "
+                f"{why_unfit(task, problems)}"
             )
         return _KnownTask(task)
 
@@ -191,6 +197,7 @@ class _KnownTask:
         """Held, so that its address stays its own."""
         self.record = TraceTask.model_construct(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
         self.stops = task.hooks("stop")
+        self.needs_runtime = bool(runtime_needs(task))
         self.scorer = copy.copy(task)
         # score() looks its hooks up by scanning classes and reads each signature three times: half of what it costs.
         hooks = {"stop": self.stops} | {kind: [_signed(fn) for fn in task.hooks(kind)] for kind in ("metric", "reward")}
@@ -284,8 +291,9 @@ class _Agent:
         """The conversation, held open turn by turn; scored when the block ends."""
         with self._play.ending():
             interaction = _Interaction(self._play, task)
-        yield interaction
-        await interaction.close()
+        async with interaction.runtime():
+            yield interaction
+            await interaction.close()
 
 
 class _Interaction:
@@ -298,6 +306,33 @@ class _Interaction:
         self._last: Completion | None = None
         self._turns = 0
         self._over = self._closed = False
+        self._runtime: vf.Runtime | None = None
+
+    @contextlib.asynccontextmanager
+    async def runtime(self) -> AsyncIterator[None]:
+        """Hold a prepared runtime for the conversation and its scoring, where the task needs one."""
+        if not (self._runner.runtime and self._known.needs_runtime):
+            yield
+            return
+        from verifiers.v1.agent import resolve_rollout_timeouts
+        from verifiers.v1.runtimes import SubprocessConfig, make_runtime
+        from verifiers.v1.utils.decorators import invoke
+
+        self._timeouts = resolve_rollout_timeouts(self._runner.agent_config.timeout, self._task)
+        runtime = make_runtime(SubprocessConfig(), name=self.trace.id)
+        runtime.env = dict(self._task.runtime_env())
+        if self.trace.agent is not None:
+            self.trace.agent.runtime = runtime.info  # pyright: ignore[reportAttributeAccessIssue] - one of its kinds
+        try:
+            async with self._runner.runtime_gate:
+                await runtime.start()
+                await runtime.prepare_setup()
+                async with _deadline(self._timeouts.setup, "setup()"):
+                    await invoke(self._task.setup, {"trace": self.trace, "runtime": runtime})
+            self._runtime = runtime
+            yield
+        finally:
+            await runtime.stop()
 
     async def turn(self, message: str | Sequence[vf.Message] | None = None) -> vf.Segment:
         """Send user message(s), get the reply as a verifiers `Segment`; bare for a task that brings its prompt."""
@@ -388,11 +423,34 @@ class _Interaction:
 
     async def close(self) -> None:
         """End the exchange and score it with the task's own rewards."""
-        if not self._closed:
-            self._closed = True
-            self.trace.stop("user_closed")
+        if self._closed:
+            return
+        self._closed = True
+        self.trace.stop("user_closed")
+        if self._runtime is None:
             await self._known.scorer.score(self.trace)
-            self.trace.is_completed = self.trace.ok = True
+        else:
+            from verifiers.v1.utils.decorators import invoke
+
+            async with self._runner.runtime_gate:
+                async with _deadline(self._timeouts.finalize, "finalize()"):
+                    await invoke(self._task.finalize, {"trace": self.trace, "runtime": self._runtime})
+                async with _deadline(self._timeouts.scoring, "scoring"):
+                    await self._known.scorer.score(self.trace, self._runtime)
+        self.trace.is_completed = self.trace.ok = True
+
+
+@contextlib.asynccontextmanager
+async def _deadline(seconds: float | None, what: str) -> AsyncIterator[None]:
+    """A time limit of the task or the role, whose passing says what took too long."""
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise TimeoutError(f"{what} of the task took longer than its limit of {seconds:g} s") from error
 
 
 @cache

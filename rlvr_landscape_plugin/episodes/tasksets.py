@@ -95,8 +95,11 @@ def role_config(env: vf.Env) -> vf.AgentConfig:
     return config
 
 
-def load_tasks(env: vf.Env, count: int) -> list[vf.Task]:
-    """The first `count` tasks, each checked. Raises `TasksetError` when there are fewer, none, or one is unfit."""
+def load_tasks(env: vf.Env, count: int, runtime: bool = False) -> list[vf.Task]:
+    """The first `count` tasks, each checked. Raises `TasksetError` when there are fewer, none, or one is unfit.
+
+    `runtime`: whether episodes get a subprocess runtime where a task needs one.
+    """
     name = type(env.taskset).__name__
     try:
         tasks = list(itertools.islice(iter(env.taskset), count))
@@ -108,11 +111,8 @@ def load_tasks(env: vf.Env, count: int) -> list[vf.Task]:
         raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower env.num_prompts")
     pays = _may_pay(env)
     for index, task in enumerate(tasks):
-        if problems := unfit(task):
-            raise TasksetError(
-                f"task {index} of {name} needs more than an in-process chat loop: {', '.join(problems)} "
-                "(docs/tasksets.md)"
-            )
+        if problems := unfit(task, runtime):
+            raise TasksetError(f"task {index} of {name} needs more than {why_unfit(task, problems)}")
         if not (pays or task.hooks("reward") or task.plugged_judges()):
             raise TasksetError(
                 f"task {index} of {name} has no reward: its task has no @vf.reward and no judge, and neither run() nor "
@@ -129,26 +129,24 @@ def _may_pay(env: vf.Env) -> bool:
     return type(env).run is not SingleAgentEnv.run or type(env).finalize is not Env.finalize
 
 
-def unfit(task: vf.Task) -> list[str]:
-    """What a task needs that an in-process chat loop does not have; empty if nothing."""
+def unfit(task: vf.Task, runtime: bool = False) -> list[str]:
+    """What a task needs that an in-process chat loop does not have; empty if nothing.
+
+    `runtime`: whether there is a subprocess runtime beside that loop.
+    """
     from verifiers.v1.session import hook_boundary
-    from verifiers.v1.task import Task
     from verifiers.v1.trace import Trace
     from verifiers.v1.utils.decorators import discover_decorated
 
-    scorers = [*task.hooks("reward"), *task.hooks("metric"), *(judge.score for judge in task.plugged_judges())]
-    problems = [f"{fn.__name__}() needs a runtime" for fn in scorers if _wants_runtime(fn)]
-    problems += [
-        f"it overrides {hook}()"
-        for hook in ("setup", "finalize")
-        if getattr(type(task), hook) is not getattr(Task, hook)
-    ]
+    problems = [] if runtime else runtime_needs(task)
     if task.NEEDS_CONTAINER or task.data.image is not None:
         problems.append("it needs a container")
     if task.toolsets(task.config):
         problems.append("it serves tools")
     if task.data.skills:
         problems.append("it installs skills")
+    if task.data.artifacts:
+        problems.append("it collects files of its runtime")
     if discover_decorated(task, "intercept"):
         problems.append("it intercepts model requests")
     if any(hook_boundary(fn, allow_trace=True) is not Trace for fn in task.hooks("stop")):
@@ -158,6 +156,24 @@ def unfit(task: vf.Task) -> list[str]:
     ):
         problems.append("its prompt holds images or other parts that are not text")
     return problems
+
+
+def runtime_needs(task: vf.Task) -> list[str]:
+    """What of a task runs beside the conversation, in a runtime; empty if nothing does."""
+    from verifiers.v1.task import Task
+
+    scorers = [*task.hooks("reward"), *task.hooks("metric"), *(judge.score for judge in task.plugged_judges())]
+    needs = [f"{fn.__name__}() needs a runtime" for fn in scorers if _wants_runtime(fn)]
+    hooks = [hook for hook in ("setup", "finalize") if getattr(type(task), hook) is not getattr(Task, hook)]
+    return needs + [f"it overrides {hook}()" for hook in hooks]
+
+
+def why_unfit(task: vf.Task, problems: Sequence[str]) -> str:
+    """The end of a sentence about a task that needs more than is there: what it needs, and what may help."""
+    said = f"an in-process chat loop: {', '.join(problems)}"
+    if not unfit(task, runtime=True):
+        said += "; env.runtime = 'subprocess' runs that on this machine, as you and without isolation"
+    return f"{said} (docs/tasksets.md)"
 
 
 def _wants_runtime(function: Callable[..., object]) -> bool:

@@ -305,3 +305,31 @@ async def test_the_documented_command_writes_the_traces_of_the_stock_harness(ser
     assert ours == stock
     assert [len(trace["calls"]) for trace in ours] == [2] * 4
     assert all(call["usage"]["completion_tokens"] > 0 for trace in ours for call in trace["calls"])
+
+
+@pytest.mark.parametrize("reply", ["five", "four"])
+async def test_a_sweeps_own_runtime_gives_what_verifiers_rollout_gives(reply, monkeypatch):
+    """Rewards and metrics of tasks that are scored in a runtime: the in-process loop beside verifiers' own rollout."""
+    import numpy as np
+
+    from rlvr_landscape_plugin.episodes import ChatFormat, EpisodeRunner, load_tasks, open_environment
+    from rlvr_landscape_plugin.serving.client import Completion
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "helpers" / "tasksets"))
+    env = open_environment("runtime-quiz", {})
+    chat = ChatFormat(POLICY)
+
+    class Says:
+        async def generate(self, prompt, seed, max_tokens):
+            ids = np.asarray(chat.tokenizer.encode(reply + "<|im_end|>", add_special_tokens=False), np.int32)
+            return Completion(ids, np.zeros(len(ids), np.float32), "stop")
+
+    runner = EpisodeRunner(env, chat, Says(), 64, 512, keep_traces=True, runtime=True)
+    for quiz in load_tasks(env, 3, runtime=True):
+        ours = (await runner.episode(quiz, lambda turn: 0)).trace
+        async with serve([say(reply)]) as model:
+            theirs = await play(model, quiz)
+        assert ours is not None
+        assert theirs.rewards
+        assert (ours.rewards, ours.metrics, ours.info) == (theirs.rewards, theirs.metrics, theirs.info)
+        assert ours.agent.runtime.type == theirs.agent.runtime.type

@@ -342,3 +342,44 @@ async def test_every_metric_of_a_rollout_is_kept(chat):
     rollout = await runner(env, chat, Says(chat, "two words")).episode(task, lambda turn: 0)
     assert rollout.metrics == {"words": 2.0, "vowels of a reply": 2.0}
     assert rollout.format_failure is None
+
+
+# Tasks that need a runtime
+
+
+def test_a_task_that_a_runtime_would_serve_is_refused_with_the_key_that_gives_one():
+    env = open_environment("runtime-quiz", {})
+    with pytest.raises(TasksetError, match=r"correct\(\) needs a runtime, .* env.runtime = 'subprocess' runs that"):
+        load_tasks(env, 3)
+    assert len(load_tasks(env, 3, runtime=True)) == 3
+    image = open_environment("faulty-quiz", {"fault": "image"})
+    with pytest.raises(TasksetError, match=r"not text \(docs/tasksets.md\)"):
+        load_tasks(image, 4, runtime=True)
+
+
+async def test_setup_finalize_and_rewards_run_in_a_runtime_of_their_own(chat):
+    from verifiers.v1.utils.paths import CACHE_DIR
+
+    env = open_environment("runtime-quiz", {})
+    tasks = load_tasks(env, 3, runtime=True)
+    play = runner(env, chat, Says(chat, "four", "five"), runtime=True, keep_traces=True)
+    batch = await play.batch(tasks, 2, lambda p, r, t: r, lambda: None)
+    assert [[rollout.reward for rollout in row] for row in batch] == [[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
+    assert [dict(rollout.metrics) for rollout in batch[1]] == [{"letters said": 4.0, "quiz": 1.0}] * 2
+    assert all(rollout.trace.info["prepared"] for row in batch for rollout in row)
+    left = [path.name for path in (CACHE_DIR / "runtimes" / "subprocess").iterdir()]
+    assert not {rollout.trace.id for row in batch for rollout in row} & set(left)
+
+
+async def test_a_setup_that_takes_too_long_is_a_failed_episode(chat):
+    env = open_environment("runtime-quiz", {"slow": True})
+    (task,) = load_tasks(env, 1, runtime=True)
+    rollout = await runner(env, chat, Says(chat), runtime=True).episode(task, lambda turn: 0)
+    assert rollout.error == "TimeoutError: setup() of the task took longer than its limit of 0.2 s"
+
+
+async def test_a_task_without_needs_starts_no_runtime(chat, monkeypatch):
+    monkeypatch.setattr("verifiers.v1.runtimes.make_runtime", lambda *a, **k: pytest.fail("a runtime was made"))
+    env = open_environment("faulty-quiz", {})
+    (task,) = load_tasks(env, 1, runtime=True)
+    assert (await runner(env, chat, Says(chat), runtime=True).episode(task, lambda turn: 0)).status == OK

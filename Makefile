@@ -12,11 +12,11 @@ help:  ## show this list
 setup:  ## create .venv with everything, a CPU build of vLLM included
 	@bash scripts/setup.sh $(VENV)
 
-landscape: setup  ## measure a real landscape on this machine and draw it (about 10 minutes)
+landscape: setup  ## measure a real landscape on this machine and draw it
 	$(PYTHON) -m rlvr_landscape_plugin.sweep @ configs/sweep/quickstart.toml
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart
 
-reproduce: setup  ## the laptop's story: train with GRPO and GRPO-N, sweep, report (about 40 minutes)
+reproduce: setup  ## train on this machine with GRPO and GRPO-N, measure landscapes, write a report
 	bash scripts/reproduce.sh $(PYTHON)
 
 figures: setup  ## draw the figures of outputs/quickstart again

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The laptop's story: train with two objectives, measure the landscapes of one run, draw and tabulate.
+# Train with two objectives, measure the landscapes of one run, write figures and tables.
 #   scripts/reproduce.sh PYTHON [RESULTS]
 # Every step continues where it was killed. What is worth keeping is copied to RESULTS (default outputs/laptop_results).
 set -euo pipefail

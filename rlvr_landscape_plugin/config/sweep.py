@@ -281,7 +281,7 @@ class ServerConfig(StrictConfig):
 
 
 class SweepConfig(StrictConfig):
-    """A sweep: snapshots × slices × grid."""
+    """A sweep: snapshots × designs, by default a grid on each slice."""
 
     output: Path = Path("outputs/sweep")
     """Directory of the journal and the datasets."""
@@ -289,8 +289,12 @@ class SweepConfig(StrictConfig):
     """Hugging Face checkpoint directories, or `tiny-sorter`, the policy shipped with the package."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of all sampling: the same (prompt, rollout, turn) draws the same noise at every point."""
+    design: str = "grid"
+    """Which policies around each snapshot are measured: a name in `designs.DESIGNS`, or a designer's import path."""
+    design_options: dict[str, Any] = {}
+    """Options of a designer that is named by its import path."""
     grid: GridConfig = GridConfig()
-    """The points."""
+    """The points of the design `grid`."""
     slice: SliceConfig = SliceConfig()
     """The directions."""
     env: EnvConfig = EnvConfig()
@@ -314,6 +318,14 @@ class SweepConfig(StrictConfig):
     that distance from the origin cannot explain."""
     dry_run: bool = False
     """Print the resolved configuration and the expected cost, then stop."""
+
+    @model_validator(mode="after")
+    def _belongs_to_the_design(self) -> SweepConfig:
+        if self.design_options and "." not in self.design:
+            raise ValueError(f"design_options are for a designer named by its import path, not for {self.design!r}")
+        if self.design != "grid" and self.grid != GridConfig():
+            raise ValueError(f"[grid] belongs to design = 'grid', not to {self.design!r}; leave the table out")
+        return self
 
     @model_validator(mode="after")
     def _whole(self) -> SweepConfig:
@@ -367,6 +379,13 @@ class SweepConfig(StrictConfig):
             del data["surrogate"]["objective"]
         if not data["surrogate"]["options"]:
             del data["surrogate"]["options"]
+        # A grid is named as before there were other designs; of those, only their own options count.
+        if data["design"] == "grid":
+            del data["design"]
+        else:
+            del data["grid"]
+        if not data["design_options"]:
+            del data["design_options"]
         server: dict[str, Any] = {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}
         if self.server.directions_memory == "half":
             server["directions_memory"] = "half"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ import numpy as np
 
 from rlvr_landscape_plugin.config import DirectionConfig, SliceConfig
 from rlvr_landscape_plugin.directions.kinds import KINDS, Direction, RandomDirection, Request, fitting_tensors
-from rlvr_landscape_plugin.directions.spec import AXES, GENERATOR, Axis, DirectionSpec, Normalization, SliceSpec
+from rlvr_landscape_plugin.directions.spec import (
+    AXES,
+    GENERATOR,
+    Axis,
+    DirectionSpec,
+    Normalization,
+    SliceSpec,
+    fingerprint,
+)
 from rlvr_landscape_plugin.directions.trajectory import Trajectory, squared
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError, StoreError
 from rlvr_landscape_plugin.files import digest, file_sha256, publish_directory
@@ -38,9 +47,10 @@ class PreparedSlice:
     description: Mapping[Axis, str]
     """Each direction in a few words, for datasets and figures."""
 
-    def __iter__(self) -> Iterator[Any]:
-        """`spec, files, description = prepared`, as long as callers unpack."""
-        yield from (self.spec, self.files, self.description)
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells whether another machine draws the same directions (`spec.fingerprint`)."""
+        return fingerprint(self.spec, self.snapshot.shapes)
 
 
 def prepare_slice(slice_: SliceConfig, seed: int, trajectory: Trajectory, folder: Path) -> PreparedSlice:

@@ -1,10 +1,8 @@
-"""The journal of points, and the netCDF file it becomes.
-
-One directory per snapshot and slice:
+"""The journal: one directory per snapshot and design, in which every finished point is a file.
 
     journal.json       what is measured here; a directory of something else is refused
     base.nc            the checkpoint's own batch, tokens included
-    points/*.nc        one file per finished point; of a progressive sweep, one per point and range of prompts
+    points/*.nc        one file per finished point; of a progressive sweep, one per portion of a point
     recheck.nc         the base batch scored again after the last point
 
 A file appears under its name only when it is whole: written under a temporary name, synced, then linked without
@@ -15,18 +13,26 @@ never meet in one dataset. Nothing here deletes a measurement; files that cannot
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from rlvr_landscape_analysis.schema import (
+    BASE_FILE,
+    BASE_ROLLOUT,
+    ERROR,
+    JOURNAL_FILE,
+    POINTS_FOLDER,
+    PROMPT,
+    RECHECK_FILE,
+    ROLLOUT,
+    SCHEMA,
+)
 
 from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import (
@@ -38,177 +44,25 @@ from rlvr_landscape_plugin.files import (
     replace_text,
     writing,
 )
-
-POINT = ("alpha", "beta")
-CELL = ("prompt", "rollout")
-FULL = (*POINT, *CELL)
-Cell = tuple[int, int]
-"""Grid indices (i, j) of a point."""
-ERROR = 2
-"""Value of `status` for a rollout that failed; only such a rollout may lack a reward."""
-
-
-@dataclass(frozen=True)
-class Variable:
-    """One variable of the dataset."""
-
-    dims: tuple[str, ...]
-    dtype: str
-    units: str
-    long_name: str
-    comment: str = ""
-    extra: tuple[tuple[str, Any], ...] = ()
-    required: bool = True
-
-
-SCHEMA: dict[str, Variable] = {
-    "reward": Variable(FULL, "f4", "1", "verifier reward of a fresh rollout"),
-    "kl_k1": Variable(
-        FULL,
-        "f4",
-        "nat",
-        "KL divergence from the checkpoint policy, estimator k1, per checkpoint completion",
-        "sum over sampled tokens of -log rho, rho = pi(alpha, beta) / pi(0, 0); unbiased for D_KL(pi(0,0) || pi)",
-    ),
-    "kl_k3": Variable(
-        FULL,
-        "f4",
-        "nat",
-        "KL divergence from the checkpoint policy, estimator k3, per checkpoint completion",
-        "sum over sampled tokens of rho - 1 - log rho; non-negative, heavy-tailed far from the origin",
-    ),
-    "surrogate": Variable(
-        FULL,
-        "f4",
-        "1",
-        "clipped GRPO objective of a checkpoint completion, summed over its tokens",
-        "sum over tokens of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A); "
-        "J = sum(surrogate) / sum(base_tokens)",
-    ),
-    "clip_fraction": Variable(FULL, "f4", "1", "share of a checkpoint completion's tokens where the clip binds"),
-    "entropy": Variable(
-        FULL,
-        "f4",
-        "nat",
-        "mean surprisal of a fresh rollout's own tokens, nat per token",
-        "mean over sampled tokens of -log pi(alpha, beta); estimates the token entropy",
-    ),
-    "completion_tokens": Variable(FULL, "i4", "token", "sampled tokens of a fresh rollout, all turns"),
-    "truncated": Variable(FULL, "i1", "1", "whether a length limit cut a fresh rollout (0 or 1)"),
-    "status": Variable(
-        FULL,
-        "i1",
-        "1",
-        "outcome of a fresh rollout",
-        "reward is missing where the rollout failed",
-        (("flag_values", np.array([0, 1, 2], np.int8)), ("flag_meanings", "ok truncated error")),
-    ),
-    "format_failure": Variable(
-        FULL, "f4", "1", "share of a fresh rollout's turns without the asked-for format", required=False
-    ),
-    "realised_step": Variable(
-        POINT,
-        "f8",
-        "1",
-        "relative norm of the weight change that the server really holds",
-        "norm(theta(alpha, beta) - theta) / norm(theta), both after rounding to the server's dtype",
-    ),
-    "seconds_move": Variable(POINT, "f4", "s", "wall time of moving the weights"),
-    "seconds_sample": Variable(POINT, "f4", "s", "wall time of the fresh rollouts, rewards included"),
-    "seconds_score": Variable(POINT, "f4", "s", "wall time of scoring the checkpoint's completions"),
-    "base_reward": Variable(CELL, "f4", "1", "verifier reward of a checkpoint completion"),
-    "base_status": Variable(
-        CELL,
-        "i1",
-        "1",
-        "outcome of a checkpoint rollout",
-        "",
-        (("flag_values", np.array([0, 1, 2], np.int8)), ("flag_meanings", "ok truncated error")),
-    ),
-    "base_advantage": Variable(CELL, "f8", "1", "group-relative advantage of a checkpoint completion"),
-    "base_tokens": Variable(CELL, "i4", "token", "sampled tokens of a checkpoint completion, all turns"),
-    "surrogate_weight": Variable(
-        CELL,
-        "f8",
-        "1",
-        "weight of a checkpoint completion in the objective",
-        "J = sum(surrogate) / sum(surrogate_weight); absent for GRPO's clipped objective, token by token",
-        required=False,
-    ),
-    "base_logprob": Variable(CELL, "f8", "nat", "log-probability of a checkpoint completion, re-scored at the origin"),
-    "base_sampled_logprob": Variable(
-        CELL,
-        "f8",
-        "nat",
-        "log-probability of a checkpoint completion as the sampler saw it",
-        "its difference from base_logprob is the numerical noise floor between decoding and scoring",
-    ),
-    "recheck_logprob": Variable(
-        CELL, "f8", "nat", "log-probability of a checkpoint completion, scored at the origin after the last point"
-    ),
-    "recheck_max_difference": Variable(
-        CELL, "f4", "nat", "largest difference of one token's log-probability between the first and last look"
-    ),
-}
-"""Every variable of a landscape dataset that is measured."""
-
-DISPLACEMENT_NORM = Variable((), "f8", "1", "norm of the checkpoint's displacement from snapshot 0, ‖θ_t − θ_0‖")
-DISPLACEMENT_RADIUS = Variable(
-    POINT,
-    "f8",
-    "1",
-    "norm of the weight change in units of the checkpoint's displacement from snapshot 0",
-    "realised_step * norm(theta) / displacement_norm",
-)
-
-
-@dataclass(frozen=True)
-class Rectangle:
-    """A part of the grid and of the prompt set: some α × some β × the first `prompts` tasks."""
-
-    rows: tuple[int, ...]
-    """Indices of α, ascending."""
-    columns: tuple[int, ...]
-    """Indices of β, ascending."""
-    prompts: int
-
-    @property
-    def cells(self) -> list[Cell]:
-        """Its points."""
-        return [(i, j) for i in self.rows for j in self.columns]
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """What a dataset says besides its points: how far training had gone, and names of its own."""
-
-    displacement_norm: float = math.nan
-    """‖θ_t − θ_0‖; NaN where it is not known."""
-    theta_norm: float = math.nan
-    """‖θ_t‖."""
-    displacement_comment: str = "not known: no training run was named"
-    """What the displacement was computed from, or why it is not known."""
-    long_names: Mapping[str, str] = field(default_factory=dict)
-    """Variable or coordinate → the long name that replaces the usual one."""
+from rlvr_landscape_plugin.store.frame import Frame, Place, Subset
 
 
 class Journal:
-    """One directory: one snapshot × one slice."""
+    """One directory: one snapshot and the points of one frame around it."""
 
-    def __init__(self, root: Path, alphas: np.ndarray, betas: np.ndarray, identity: dict[str, Any]) -> None:
+    def __init__(self, root: Path, frame: Frame, identity: Mapping[str, Any]) -> None:
         """Open or create. Raises `StoreError` naming the differing keys if `root` holds something else."""
         self.root = Path(root)
-        self.alphas, self.betas = np.asarray(alphas, np.float64), np.asarray(betas, np.float64)
-        self.identity = identity
+        self.frame, self.identity = frame, dict(identity)
         self._base_sha256: str | None = None
         self._prompts = 0
         with writing(self.root):
-            (self.root / "points").mkdir(parents=True, exist_ok=True)
+            (self.root / POINTS_FOLDER).mkdir(parents=True, exist_ok=True)
         remove_stale(self.root)
-        remove_stale(self.root / "points")
-        path = self.root / "journal.json"
+        remove_stale(self.root / POINTS_FOLDER)
+        path = self.root / JOURNAL_FILE
         # The axes are written out: a configuration alone does not say which coordinates it became.
-        asked = {**identity, "axes": {"alpha": self.alphas.tolist(), "beta": self.betas.tolist()}}
+        asked = {**identity, "axes": frame.axes}
         if not path.exists():
             publish(path, lambda scratch: scratch.write_text(json.dumps(asked, indent=1, sort_keys=True)))
         try:
@@ -225,8 +79,8 @@ class Journal:
                 f"what its journal.json says:\n{listed}"
             )
 
-    def _path(self, i: int, j: int, prompts: range | None = None) -> Path:
-        return self.root / "points" / point_name(i, j, prompts)
+    def _path(self, place: Place, tasks: range | None = None) -> Path:
+        return self.root / POINTS_FOLDER / self.frame.point_file(place, tasks)
 
     @property
     def prompts(self) -> int | None:
@@ -237,29 +91,28 @@ class Journal:
         """Whether files that end here hold all prompts; asks the base batch only about portions."""
         return end == math.inf or end == self.prompts
 
-    def done(self) -> set[Cell]:
-        """Grid indices (i, j) of the points that are whole. A damaged file is moved aside with a warning."""
-        return {cell for cell, end in self.covered().items() if self._is_whole(end)}
+    def done(self) -> set[Place]:
+        """The points that are whole. A damaged file is moved aside with a warning."""
+        return {place for place, end in self.covered().items() if self._is_whole(end)}
 
-    def covered(self) -> dict[Cell, float]:
-        """Each point with files → how many prompts they hold, the first counted on; inf: a file of all prompts."""
-        ends = {cell: self._chain(paths)[1] for cell, paths in self._files().items()}
-        return {cell: end for cell, end in ends.items() if end}
+    def covered(self) -> dict[Place, float]:
+        """Each point with files → how many of the first tasks they hold without a gap; inf: a file of all tasks."""
+        ends = {place: self._chain(paths)[1] for place, paths in self._files().items()}
+        return {place: end for place, end in ends.items() if end}
 
     def status(self) -> tuple[int, int]:
         """(finished points, all points), by names only."""
         finished = (self._chain(paths, by_name=True)[1] for paths in self._files().values())
-        return sum(map(self._is_whole, finished)), len(self.alphas) * len(self.betas)
+        return sum(map(self._is_whole, finished)), self.frame.size
 
-    def _files(self) -> dict[Cell, dict[tuple[int, float], Path]]:
-        """Point → (first prompt, end) → file; the end of a whole point is inf."""
-        found: dict[Cell, dict[tuple[int, float], Path]] = {}
-        for path in (self.root / "points").glob("a*_b*.nc"):
-            if match := _POINT_FILE.fullmatch(path.name):
-                i, j, start, stop = match.groups()
-                ends = (0, math.inf) if start is None else (int(start), int(stop))
-                if int(i) < len(self.alphas) and int(j) < len(self.betas):
-                    found.setdefault((int(i), int(j)), {})[ends] = path
+    def _files(self) -> dict[Place, dict[tuple[int, float], Path]]:
+        """Point → (first task, end) → file; the end of a whole point is inf."""
+        found: dict[Place, dict[tuple[int, float], Path]] = {}
+        for path in (self.root / POINTS_FOLDER).glob("*.nc"):
+            if named := self.frame.parse(path.name):
+                place, tasks = named
+                ends = (0, math.inf) if tasks is None else (tasks.start, tasks.stop)
+                found.setdefault(place, {})[ends] = path
         return found
 
     def _chain(
@@ -297,10 +150,11 @@ class Journal:
             return "it is not a point of this sweep"
         if point.attrs.get("file", path.name) != path.name:
             return f"it is {point.attrs['file']} under another name"
-        match = _POINT_FILE.fullmatch(path.name)
-        if match and match[3] and point.sizes.get("prompt") != int(match[4]) - int(match[3]):
-            return f"it holds {point.sizes.get('prompt')} prompts, its name says {match[3]} to {match[4]}"
-        return self._other_base(point) or _wrong_shape(point, (FULL, POINT))
+        named = self.frame.parse(path.name)
+        tasks = named[1] if named else None
+        if tasks is not None and point.sizes.get(PROMPT) != len(tasks):
+            return f"it holds {point.sizes.get(PROMPT)} prompts, its name says {tasks.start} to {tasks.stop}"
+        return self._other_base(point) or _wrong_point(point)
 
     def _other_base(self, scored: xr.Dataset) -> str:
         base = self._base_digest()
@@ -314,9 +168,9 @@ class Journal:
 
     def write_base(self, base: xr.Dataset) -> xr.Dataset:
         """Keep the checkpoint's own batch; returns the one kept: another process's if that was first."""
-        if problem := _wrong_shape(base, (CELL,), skip="recheck"):
+        if problem := _wrong_base(base):
             raise StoreError(f"not a base batch: {problem}")
-        self._write(self.root / "base.nc", base)
+        self._write(self.root / BASE_FILE, base)
         kept = self.read_base()
         if kept is None:
             raise StoreError(f"{self.root / 'base.nc'} vanished while it was written; run the same command again")
@@ -325,18 +179,18 @@ class Journal:
 
     def read_base(self) -> xr.Dataset | None:
         """The checkpoint's own batch, or None."""
-        base = self._read(self.root / "base.nc")
+        base = self._read(self.root / BASE_FILE)
         if base is not None and base.attrs.get("identity", digest(self.identity)) != digest(self.identity):
             raise StoreError(f"{self.root / 'base.nc'} is the base batch of another sweep; move it away")
         return base
 
     def write_recheck(self, recheck: xr.Dataset) -> None:
         """Keep the last look at the origin."""
-        self._write(self.root / "recheck.nc", recheck.assign_attrs(base_sha256=self._base_digest() or ""))
+        self._write(self.root / RECHECK_FILE, recheck.assign_attrs(base_sha256=self._base_digest() or ""))
 
     def read_recheck(self) -> xr.Dataset | None:
         """The last look at the origin, or None. A damaged one, or one at another base batch, is moved aside."""
-        path = self.root / "recheck.nc"
+        path = self.root / RECHECK_FILE
         try:
             recheck = _contents(path)
             reason = "base_sha256" in recheck.attrs and self._other_base(recheck)
@@ -359,21 +213,21 @@ class Journal:
         content = read_checked_json(self.root / name, "servers")
         return None if content is None else content["servers"]
 
-    def write_point(self, i: int, j: int, point: xr.Dataset, prompts: range | None = None) -> None:
+    def write_point(self, place: Place, point: xr.Dataset, tasks: range | None = None) -> None:
         """Keep a finished point, dims (prompt, rollout) and per-point scalars; an existing one stays.
 
-        `prompts`: which tasks it holds, if not all. Refuses an unknown, missing or misshapen variable, and a missing
+        `tasks`: which tasks it holds, if not all. Refuses an unknown, missing or misshapen variable, and a missing
         reward of a rollout that did not fail.
         """
-        if not (0 <= i < len(self.alphas) and 0 <= j < len(self.betas)):
-            raise StoreError(f"point ({i}, {j}) is outside the grid of {len(self.alphas)} × {len(self.betas)}")
+        if not self.frame.holds(place):
+            raise StoreError(f"point {place} is outside the {' × '.join(map(str, self.frame.shape)) or 'no'} points")
         if unknown := sorted(str(name) for name in point.data_vars if name not in SCHEMA):
-            raise StoreError(f"point ({i}, {j}) has variables that the schema does not know: {', '.join(unknown)}")
-        if problem := _wrong_shape(point, (FULL, POINT)):
-            raise StoreError(f"point ({i}, {j}): {problem}")
-        if prompts is not None and len(prompts) != point.sizes["prompt"]:
-            raise StoreError(f"point ({i}, {j}) has {point.sizes['prompt']} prompts, not those of {prompts}")
-        path = self._path(i, j, prompts)
+            raise StoreError(f"point {place} has variables that the schema does not know: {', '.join(unknown)}")
+        if problem := _wrong_point(point):
+            raise StoreError(f"point {place}: {problem}")
+        if tasks is not None and len(tasks) != point.sizes[PROMPT]:
+            raise StoreError(f"point {place} has {point.sizes[PROMPT]} prompts, not those of {tasks}")
+        path = self._path(place, tasks)
         if path.exists():
             self._readable(path)  # so that an unfit one does not stay
         marks = {"file": path.name}
@@ -381,16 +235,16 @@ class Journal:
             marks["base_sha256"] = base
         self._write(path, point.assign_attrs(marks))
 
-    def read_point(self, i: int, j: int, prompts: int | None = None) -> xr.Dataset:
-        """A finished point, its first `prompts` tasks (default: all); wall times of its parts are added up."""
+    def read_point(self, place: Place, prompts: int | None = None) -> xr.Dataset:
+        """A finished point, its first `prompts` tasks (default: all); wall times of its portions are added up."""
         wanted = math.inf if prompts is None else prompts
-        paths, end = self._chain(self._files().get((i, j), {}), by_name=True, until=wanted)
+        paths, end = self._chain(self._files().get(place, {}), by_name=True, until=wanted)
         if not self._is_whole(end) and end < wanted:
-            raise StoreError(f"point ({i}, {j}) of {self.root} is not measured yet")
-        parts = [part for part in map(self._read, paths) if part is not None]
-        if len(parts) != len(paths):
-            raise StoreError(f"files of point ({i}, {j}) vanished from {self.root}; run the same command again")
-        return _joined(parts).isel(prompt=slice(prompts))
+            raise StoreError(f"point {place} of {self.root} is not measured yet")
+        portions = [portion for portion in map(self._read, paths) if portion is not None]
+        if len(portions) != len(paths):
+            raise StoreError(f"files of point {place} vanished from {self.root}; run the same command again")
+        return _joined(portions).isel(prompt=slice(prompts))
 
     def _read(self, path: Path) -> xr.Dataset | None:
         try:
@@ -411,142 +265,22 @@ class Journal:
         publish(path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding))
 
     @property
-    def full(self) -> Rectangle:
-        """The whole grid and all prompts. Raises `StoreError` before there is a base batch."""
+    def whole(self) -> Subset:
+        """All points and all tasks. Raises `StoreError` before there is a base batch."""
         if self.prompts is None:
             raise StoreError(f"{self.root} lacks the base batch; run the same sweep again to finish it")
-        return Rectangle(tuple(range(len(self.alphas))), tuple(range(len(self.betas))), self.prompts)
-
-    def holds(self, out: Path, part: Rectangle | None = None) -> bool:
-        """Whether `out` is this journal's dataset of `part` (default: of everything), or of more.
-
-        Raises `StoreError` when it belongs to something else or cannot be read.
-        """
-        if not out.exists():
-            return False
-        try:
-            with xr.open_dataset(out, engine="netcdf4") as present:
-                same = present.attrs.get("identity") == digest(self.identity)
-                alphas, betas, prompts = present["alpha"].values, present["beta"].values, present.sizes["prompt"]
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise StoreError(f"{out} is not a readable dataset ({error}); move it away and run again") from error
-        if not same:
-            raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
-        if part is None and self.prompts is None:
-            return (len(alphas), len(betas)) == (len(self.alphas), len(self.betas))
-        part = part or self.full
-        rows = np.isin(self.alphas[list(part.rows)], alphas)
-        columns = np.isin(self.betas[list(part.columns)], betas)
-        return bool(rows.all() and columns.all()) and prompts >= part.prompts
-
-    def consolidate(
-        self,
-        out: Path,
-        attributes: Mapping[str, Any],
-        notes: Annotations | None = None,
-        part: Rectangle | None = None,
-    ) -> Path:
-        """Write the dataset of all points to `out`, dims (alpha, beta, prompt, rollout), one point in memory at a time.
-
-        `part`: what a progressive sweep measured, if not everything. An `out` of this journal that holds as much is
-        left as it is; one that holds less is replaced by the whole. Raises `StoreError` when points are missing or
-        `out` belongs to something else.
-        """
-        remove_stale(out.parent)
-        if self.holds(out, part):
-            return out
-        part = part or self.full
-        found = self.covered()
-        missing = [cell for cell in part.cells if found.get(cell, 0) < part.prompts]
-        base, recheck = self.read_base(), self.read_recheck()
-        if missing or base is None or recheck is None:
-            of = f"{len(missing)} of {len(part.cells)} points"
-            what = of if missing else "the base batch or the last look at the origin"
-            raise StoreError(f"{self.root} lacks {what}; run the same sweep again to finish it")
-        base, recheck = (data.isel(prompt=slice(part.prompts)) for data in (base, recheck))
-        facts, notes = dict(attributes), notes or Annotations()
-        publish(out, lambda scratch: self._fill(scratch, part, base, recheck, facts, notes), replace=out.exists())
-        return out
-
-    def _fill(
-        self,
-        scratch: Path,
-        part: Rectangle,
-        base: xr.Dataset,
-        recheck: xr.Dataset,
-        attributes: dict[str, Any],
-        notes: Annotations,
-    ) -> None:
-        import netCDF4
-
-        alphas, betas = self.alphas[list(part.rows)], self.betas[list(part.columns)]
-        configuration = json.dumps(self.identity.get("configuration", {}), sort_keys=True)
-        stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        with netCDF4.Dataset(scratch, "w", format="NETCDF4") as file:
-            for name, size in (
-                ("alpha", len(alphas)),
-                ("beta", len(betas)),
-                ("prompt", base.sizes["prompt"]),
-                ("rollout", base.sizes["rollout"]),
-            ):
-                file.createDimension(name, size)
-            for axis, symbol, values in (("alpha", "δ", alphas), ("beta", "η", betas)):
-                usual = f"coordinate along direction {symbol}, in units of its norm"
-                _coordinate(file, axis, values, notes.long_names.get(axis, usual))
-            _coordinate(file, "prompt", np.arange(base.sizes["prompt"]), "index of the task in the prompt set")
-            _coordinate(file, "rollout", np.arange(base.sizes["rollout"]), "index of the rollout of a task")
-            _scalar(file, "step", self.identity.get("step", 0), "optimizer updates behind the checkpoint")
-            _scalar(file, "slice_seed", self.identity.get("slice", {}).get("seed", 0), "seed of the slice's directions")
-            sample = self.read_point(*part.cells[0], part.prompts)
-            variables = {}
-            for name, variable in SCHEMA.items():
-                source = sample if variable.dims in (FULL, POINT) else recheck if name.startswith("recheck") else base
-                if name not in source:
-                    if variable.required:
-                        raise StoreError(f"{self.root}: measured files have no variable {name!r}; another version?")
-                    continue
-                named = replace(variable, long_name=notes.long_names.get(name, variable.long_name))
-                variables[name] = _create(file, name, named, base.sizes)
-                if variable.dims == CELL:
-                    variables[name][:] = source[name].values
-            for place, cell in zip(np.ndindex(len(alphas), len(betas)), part.cells, strict=True):
-                point = self.read_point(*cell, part.prompts)
-                for name, target in variables.items():
-                    if SCHEMA[name].dims in (FULL, POINT):
-                        target[place] = point[name].values
-            norm = replace(DISPLACEMENT_NORM, comment=notes.displacement_comment)
-            _create(file, "displacement_norm", norm, base.sizes)[...] = notes.displacement_norm
-            radius = _create(file, "displacement_radius", DISPLACEMENT_RADIUS, base.sizes)
-            radius[:] = variables["realised_step"][:].filled(np.nan) * (notes.theta_norm / notes.displacement_norm)
-            file.setncatts(
-                attributes
-                | {
-                    "configuration": configuration,
-                    "configuration_sha256": digest(self.identity.get("configuration", {})),
-                    "identity": digest(self.identity),
-                    "history": f"{stamp} written by rlvr_landscape_plugin.sweep",
-                }
-            )
+        return self.frame.whole(self.prompts)
 
 
-_POINT_FILE = re.compile(r"a(\d{3,})_b(\d{3,})(?:_p(\d{5,})-(\d{5,}))?\.nc")
-
-
-def point_name(i: int, j: int, prompts: range | None = None) -> str:
-    """File name of a point, or of the part of it that holds only these prompts."""
-    part = "" if prompts is None else f"_p{prompts.start:05d}-{prompts.stop:05d}"
-    return f"a{i:03d}_b{j:03d}{part}.nc"
-
-
-def _joined(parts: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Parts of one point, one after the other along `prompt`."""
-    if len(parts) == 1:
-        return parts[0]
-    cells = [part.drop_vars([name for name in part.data_vars if part[name].dims != CELL]) for part in parts]
-    whole = xr.concat(cells, "prompt", combine_attrs="drop")
-    for name in parts[0].data_vars:
+def _joined(portions: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Portions of one point, one after the other along `prompt`."""
+    if len(portions) == 1:
+        return portions[0]
+    scalars = [name for name in portions[0].data_vars if PROMPT not in portions[0][name].dims]
+    whole = xr.concat([portion.drop_vars(scalars) for portion in portions], PROMPT, combine_attrs="drop")
+    for name in portions[0].data_vars:
         if name not in whole:
-            values = [part[name] for part in parts]
+            values = [portion[name] for portion in portions]
             whole[name] = sum(values) if str(name).startswith("seconds_") else values[0]
     return whole
 
@@ -605,26 +339,36 @@ def _contents(path: Path) -> xr.Dataset:
     return data
 
 
-def _wrong_shape(data: xr.Dataset, families: tuple[tuple[str, ...], ...], skip: str = "\0") -> str:
-    """What in a file of points or of the base batch breaks `SCHEMA`; empty if nothing does."""
-    sizes = {dim: data.sizes.get(dim, 0) for dim in CELL}
-    if not all(sizes.values()):
-        return f"it needs the dimensions prompt and rollout, it has {dict(data.sizes)}"
-    for name, variable in SCHEMA.items():
-        if variable.dims not in families or name.startswith(skip):
-            continue
-        dims = tuple(dim for dim in variable.dims if dim in CELL)
+def _wrong_point(data: xr.Dataset) -> str:
+    """What in a point breaks `SCHEMA`; empty if nothing does."""
+    base_rollout = BASE_ROLLOUT if BASE_ROLLOUT in data.dims else ROLLOUT
+    expected = {name: v.dims((), base_rollout) for name, v in SCHEMA.items() if v.of_point}
+    return _wrong_dims(data, expected, ROLLOUT) or _lost_rewards(data, "")
+
+
+def _wrong_base(data: xr.Dataset) -> str:
+    """What in a base batch breaks `SCHEMA`; empty if nothing does."""
+    base_rollout = BASE_ROLLOUT if BASE_ROLLOUT in data.dims else ROLLOUT
+    names = [name for name, variable in SCHEMA.items() if not variable.of_point and not name.startswith("recheck")]
+    expected = {name: SCHEMA[name].dims((), base_rollout) for name in names}
+    return _wrong_dims(data, expected, base_rollout) or _lost_rewards(data, "base_")
+
+
+def _wrong_dims(data: xr.Dataset, expected: Mapping[str, tuple[str, ...]], rollout: str) -> str:
+    if not all(data.sizes.get(dim, 0) for dim in (PROMPT, rollout)):
+        return f"it needs the dimensions {PROMPT} and {rollout}, it has {dict(data.sizes)}"
+    for name, dims in expected.items():
         if name not in data:
-            if variable.required:
+            if SCHEMA[name].required:
                 return f"it has no variable {name!r}"
         elif data[name].dims != dims:
             return f"variable {name!r} has dims {data[name].dims} instead of {dims}"
-    for prefix in ("", "base_"):
-        if f"{prefix}reward" in data:
-            lost = data[f"{prefix}reward"].isnull() & (data[f"{prefix}status"] != ERROR)
-            if lost.any():
-                return f"{int(lost.sum())} values of {prefix}reward are missing without status {ERROR} (error)"
     return ""
+
+
+def _lost_rewards(data: xr.Dataset, prefix: str) -> str:
+    lost = int((data[f"{prefix}reward"].isnull() & (data[f"{prefix}status"] != ERROR)).sum())
+    return f"{lost} values of {prefix}reward are missing without status {ERROR} (error)" if lost else ""
 
 
 def _content_digest(data: xr.Dataset) -> str:
@@ -643,47 +387,7 @@ def _checksum(data: xr.Dataset) -> str:
     return digest([_content_digest(data), attributes])
 
 
-def _create(file: Any, name: str, variable: Variable, sizes: Mapping[Any, int]) -> Any:
-    chunks = (1, 1, sizes["prompt"], sizes["rollout"]) if variable.dims == FULL else None
-    fill = np.nan if variable.dtype.startswith("f") else False
-    created = file.createVariable(
-        name,
-        variable.dtype,
-        variable.dims,
-        zlib=True,
-        complevel=4,
-        shuffle=True,
-        chunksizes=chunks,
-        fill_value=fill,
-    )
-    # CF's way to say that two scalars are coordinates of this variable; xarray reads them as such.
-    created.setncatts({"long_name": variable.long_name, "units": variable.units, "coordinates": "step slice_seed"})
-    created.setncatts(dict(variable.extra))
-    if variable.comment:
-        created.comment = variable.comment
-    if name == "base_logprob":
-        created.ancillary_variables = "base_sampled_logprob recheck_logprob"
-    return created
-
-
-def _coordinate(file: Any, name: str, values: np.ndarray, long_name: str) -> None:
-    created = file.createVariable(name, values.dtype, (name,))
-    created[:] = values
-    created.setncatts({"long_name": long_name, "units": "1"})
-
-
-def _scalar(file: Any, name: str, value: int, long_name: str) -> None:
-    created = file.createVariable(name, "i8", ())
-    created[...] = value
-    created.setncatts({"long_name": long_name, "units": "1"})
-
-
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [d for key in sorted({*old, *new}) for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}")]
     return [] if old == new else [(prefix.lstrip("."), old, new)]
-
-
-def landscapes(output: Path) -> Iterator[Path]:
-    """The finished datasets of a run directory, sorted by name."""
-    yield from sorted(Path(output).glob("landscape_step*_slice*.nc"))

@@ -1,4 +1,4 @@
-"""What the servers of a crew do with a slice: enter it, measure probes or points of it, look back at the end.
+"""What the servers of a pool do with a slice: load it, measure probes or points of it, compare the origin at the end.
 
 After each measurement a server is asked where it stands, so that nothing is kept that other weights gave.
 """
@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rlvr_landscape_plugin.directions import Axis, SliceSpec
+from rlvr_landscape_analysis.schema import TRACES_FOLDER
+
 from rlvr_landscape_plugin.errors import ServerError
-from rlvr_landscape_plugin.snapshot import Snapshot
-from rlvr_landscape_plugin.store import point_name, replace_text
-from rlvr_landscape_plugin.sweep.pool import Cell
+from rlvr_landscape_plugin.store import Journal, replace_text
+from rlvr_landscape_plugin.sweep.fleet import Server, facts_to_keep
 
 if TYPE_CHECKING:
     import xarray as xr
 
+    from rlvr_landscape_plugin.directions import PreparedSlice
     from rlvr_landscape_plugin.display import Display
     from rlvr_landscape_plugin.episodes import Rollout
-    from rlvr_landscape_plugin.serving.client import LandscapeClient
-    from rlvr_landscape_plugin.sweep.plan import Plan
+    from rlvr_landscape_plugin.sweep.plan import Plan, Portion
     from rlvr_landscape_plugin.sweep.point import BaseBatch, PointMeter
     from rlvr_landscape_plugin.sweep.range_search import Coordinates, Probe
+
+    MakeMeter = Callable[[Server], PointMeter]
 
 LOADED = (
     *("parameters", "moving_parameters", "seconds", "move_path", "move_path_reason"),
@@ -37,81 +38,51 @@ ABSENT_SECONDS = 30.0
 """How long a server that is no longer in the slice may take to show its weights at the end."""
 
 
-@dataclass
-class Server:
-    """A server in use: its client and what it said about itself."""
+class Job:
+    """A slice, and how a server loads it."""
 
-    client: LandscapeClient
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Empty until it first answered."""
-    log: Path | None = None
-    present: bool = False
-    """Whether it stands in the present slice (`crew.Member`)."""
-    meter: PointMeter | None = None
-    origin: list[dict[str, str]] | None = None
-    """Checksums of its weights at the origin of the present slice."""
-    points: int = 0
-    """Points of the present slice that it measured."""
-
-
-def lasting(facts: dict[str, Any]) -> dict[str, Any]:
-    """What a dataset keeps of a server's facts: not where its weights stand now, nor where its files lie."""
-    kept = {key: value for key, value in facts.items() if key not in ("at", "loaded", "state", "version")}
-    return kept | {"model": Path(str(facts["model"])).name}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A slice as a server is told to take it in, and what it must then say of it."""
-
-    snapshot: Snapshot
-    spec: SliceSpec
-    files: Mapping[Axis, Path]
-    identity: Mapping[str, Any]
-
-
-class Entry:
-    """A slice, and how a server enters it."""
-
-    def __init__(self, target: Target, meter: Callable[[Server], PointMeter], display: Display) -> None:
-        self._target, self._identity = target, target.identity
+    def __init__(self, slice_: PreparedSlice, directions_memory: str, meter: MakeMeter, display: Display) -> None:
+        """`directions_memory`: what `server.directions_memory` asks for; a server that rounds otherwise is refused."""
+        self._slice, self._directions_memory = slice_, directions_memory
         self._meter, self._display = meter, display
-        self._base: BaseBatch | None = None
-        self._first = asyncio.Lock()
 
-    async def take_in(self, server: Server) -> None:
-        """Bring a server to the origin of the slice."""
-        snapshot, client = self._target.snapshot, server.client
-        server.facts |= lasting(await client.info())
+    async def load(self, server: Server) -> None:
+        """Let a server load the slice and move to its origin."""
+        snapshot, client = self._slice.snapshot, server.client
+        server.facts |= facts_to_keep(await client.info())
         server.meter = server.meter or self._meter(server)
-        facts = await client.load(
-            str(snapshot.path),
-            self._target.spec.as_dict(),
-            {axis: str(path) for axis, path in self._target.files.items()},
-        )
-        for key in ("snapshot_sha256", "directions_fingerprint"):
-            if facts[key] != self._identity[key]:
+        files = {axis: str(path) for axis, path in self._slice.files.items()}
+        facts = await client.load(str(snapshot.path), self._slice.spec.as_dict(), files)
+        for key, ours in self._fingerprints.items():
+            if facts[key] != ours:
                 raise ServerError(
                     f"{client.url} has another {key} for {snapshot.path}: {facts[key]} there, "
-                    f"{self._identity[key]} here; both sides must read the same files with the same NumPy"
+                    f"{ours} here; both sides must read the same files with the same NumPy"
                 )
-        asked = self._identity.get("configuration", {}).get("server", {}).get("directions_memory", "float32")
-        if (facts["directions_dtype"] != "float32") != (asked == "half"):
+        if (facts["directions_dtype"] != "float32") != (self._directions_memory == "half"):
             raise ServerError(
                 f"{client.url} holds the directions in {facts['directions_dtype']}, which is another slice than "
-                f"server.directions_memory = {asked!r}; change one of them (docs/servers.md)"
+                f"server.directions_memory = {self._directions_memory!r}; change one of them (docs/servers.md)"
             )
         server.facts |= {key: facts[key] for key in LOADED}
         await client.move(0.0, 0.0)
 
-    async def check_standing(self, server: Server, alpha: float, beta: float) -> None:
-        """Raise unless the server stands where this sweep last moved it, in this snapshot and slice.
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        """What a server says of a snapshot and slice → what it must say."""
+        return {
+            "snapshot_sha256": self._slice.snapshot.sha256,
+            "directions_fingerprint": self._slice.fingerprint,
+        }
+
+    async def check_weights(self, server: Server, alpha: float, beta: float) -> None:
+        """Raise unless the server still holds the weights of this sweep's last move, in this snapshot and slice.
 
         Another client may have moved it meanwhile, or loaded another slice.
         """
         facts = await server.client.info()
         loaded = facts["loaded"] or {}
-        ours = all(loaded.get(key) == self._identity[key] for key in ("snapshot_sha256", "directions_fingerprint"))
+        ours = all(loaded.get(key) == value for key, value in self._fingerprints.items())
         if not ours or (facts["version"], facts["at"]) != (server.client.version, [alpha, beta]):
             raise ServerError(
                 f"{server.client.url} no longer holds the weights of this sweep: another client moved it to weight "
@@ -128,11 +99,16 @@ class Entry:
             )
 
 
-class RangeJob(Entry):
-    """Probes around one snapshot as the servers of a crew work on them (`crew.Job`)."""
+class RangeJob(Job):
+    """Probes around one snapshot as the servers of a pool work on them (`pool.Job`)."""
 
-    def __init__(self, target: Target, meter: Callable[[Server], PointMeter], display: Display, tasks: int) -> None:
-        super().__init__(target, meter, display)
+    def __init__(
+        self, slice_: PreparedSlice, directions_memory: str, meter: MakeMeter, display: Display, tasks: int
+    ) -> None:
+        """`tasks`: the first so many are probed."""
+        super().__init__(slice_, directions_memory, meter, display)
+        self._base: BaseBatch | None = None
+        self._first = asyncio.Lock()
         self._tasks = range(tasks)
         self.points: list[Coordinates] = []
         self.found: dict[int, Probe] = {}
@@ -145,48 +121,44 @@ class RangeJob(Entry):
 
     async def enter(self, server: Server) -> None:
         """Bring a server to the origin; the checkpoint's own batch on the tasks of a probe exists afterwards."""
-        await self.take_in(server)
+        await self.load(server)
         assert server.meter is not None
         async with self._first:
             if self._base is None:
                 base = await server.meter.base(self._display.episode, self._tasks)
-                await self.check_standing(server, 0.0, 0.0)
+                await self.check_weights(server, 0.0, 0.0)
                 self._base = base
 
-    async def measure(self, server: Server, cell: Cell, wanted: Callable[[], bool]) -> None:
-        """Measure one probe."""
+    async def measure(self, server: Server, portion: int, wanted: Callable[[], bool]) -> None:
+        """Measure one probe: `portion` is its index into `points`."""
         from rlvr_landscape_plugin.sweep.range_search import Probe
 
         assert server.meter is not None
         assert self._base is not None
-        (index,) = cell
-        alpha, beta = self.points[index]
+        alpha, beta = self.points[portion]
         data, _ = await server.meter.point(self._base, alpha, beta, self._display.episode, self._tasks)
-        await self.check_standing(server, alpha, beta)
+        await self.check_weights(server, alpha, beta)
         if wanted():
-            self.found[index] = found = Probe.of(alpha, beta, data, self._base.tokens)
+            self.found[portion] = found = Probe.of(alpha, beta, data, self._base.tokens)
             self._show(alpha, beta, found.reward, data)
 
 
-class SliceJob(Entry):
-    """One slice as the servers of a crew work on it (`crew.Job`)."""
+class BaseBatchOnce:
+    """The checkpoint's own batch of a journal: the stored one, else measured by the first server that gets here."""
 
-    def __init__(self, plan: Plan, meter: Callable[[Server], PointMeter], display: Display) -> None:
-        super().__init__(Target(plan.snapshot, plan.spec, plan.files, plan.identity), meter, display)
-        self._plan, self._journal = plan, plan.journal
+    def __init__(self, journal: Journal, display: Display) -> None:
+        self._journal, self._display = journal, display
+        self._batch: BaseBatch | None = None
+        self._first = asyncio.Lock()
 
-    async def enter(self, server: Server) -> None:
-        """Bring a server to the origin of the slice; the checkpoint's own batch exists afterwards."""
-        await self.take_in(server)
-        origin = await server.client.checksums()
-        await self.check_standing(server, 0.0, 0.0)
-        if server.origin is not None and server.origin != origin:
-            raise ServerError(f"{server.client.url} came back with other weights at the origin than it had before")
-        server.origin = origin
-        await self._base_batch(server)
+    @property
+    def batch(self) -> BaseBatch:
+        """The batch, which exists once a server has entered a slice."""
+        assert self._batch is not None
+        return self._batch
 
-    async def _base_batch(self, server: Server) -> BaseBatch:
-        """The checkpoint's own batch: the stored one, else measured by the first server that gets here."""
+    async def get(self, server: Server, job: Job) -> BaseBatch:
+        """The batch; `server` stands at the origin of the job's slice."""
         from rlvr_landscape_plugin.sweep.point import BaseBatch
 
         assert server.meter is not None
@@ -197,36 +169,63 @@ class SliceJob(Entry):
                 if base.failures and base.failures.failed:
                     self._display.say(f"the checkpoint's own batch: {base.failures}")
                 batch = base.to_dataset()
-                await self.check_standing(server, 0.0, 0.0)
+                await job.check_weights(server, 0.0, 0.0)
                 stored = self._journal.write_base(batch.assign_attrs(server_dtype=server.facts["dtype"]))
             if server.facts["dtype"] != stored.attrs["server_dtype"]:
                 raise ServerError(
                     f"{server.client.url} holds weights in {server.facts['dtype']}, the points in {self._journal.root} "
                     f"were measured in {stored.attrs['server_dtype']}; set server.dtype accordingly"
                 )
-            self._base = self._base or BaseBatch.from_dataset(stored)
-            return self._base
+            self._batch = self._batch or BaseBatch.from_dataset(stored)
+            return self._batch
 
-    async def measure(self, server: Server, cell: Cell, wanted: Callable[[], bool]) -> None:
-        """Measure a point and journal it, unless another server was first."""
+
+class SliceJob(Job):
+    """One slice of a plan as the servers of a pool work on it (`pool.Job`)."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        base: BaseBatchOnce,
+        directions_memory: str,
+        meter: MakeMeter,
+        display: Display,
+    ) -> None:
+        """`index`: which slice of the plan's design; `base`: shared by all of them."""
+        super().__init__(plan.design.slices[index], directions_memory, meter, display)
+        self._plan, self._journal, self._base = plan, plan.journal, base
+
+    async def enter(self, server: Server) -> None:
+        """Bring a server to the origin of the slice; the checkpoint's own batch exists afterwards."""
+        await self.load(server)
+        origin = await server.client.checksums()
+        await self.check_weights(server, 0.0, 0.0)
+        if server.origin is not None and server.origin != origin:
+            raise ServerError(f"{server.client.url} came back with other weights at the origin than it had before")
+        server.origin = origin
+        await self._base.get(server, self)
+
+    async def measure(self, server: Server, portion: Portion, wanted: Callable[[], bool]) -> None:
+        """Measure a portion of a point and journal it, unless another server was first."""
         assert server.meter is not None
-        assert self._base is not None
-        i, j, start, stop = cell
-        alpha, beta = float(self._journal.alphas[i]), float(self._journal.betas[j])
-        # A part of the tasks is named as such; what holds all of them is a whole point.
-        part = None if (start, stop) == (0, self._plan.prompts) else range(start, stop)
-        data, batch = await server.meter.point(self._base, alpha, beta, self._display.episode, part)
-        await self.check_standing(server, alpha, beta)
+        base = self._base.batch
+        point = self._plan.design.by_place[portion.place]
+        # Some of the tasks are named as such; what holds all of them is a whole point.
+        tasks = None if portion[1:] == (0, self._plan.tasks) else range(portion.start, portion.stop)
+        data, batch = await server.meter.point(base, point.alpha, point.beta, self._display.episode, tasks)
+        await self.check_weights(server, point.alpha, point.beta)
         if not wanted():
             return
         if server.meter.runner.keep_traces:
-            _write_traces((self._journal.root / "traces" / point_name(i, j, part)).with_suffix(".jsonl"), batch)
-        self._journal.write_point(i, j, data, part)
+            name = self._journal.frame.point_file(point.place, tasks)
+            _write_traces((self._journal.root / TRACES_FOLDER / name).with_suffix(".jsonl"), batch)
+        self._journal.write_point(point.place, data, tasks)
         server.points += 1
-        self._show(alpha, beta, float(data["reward"].mean()), data)
+        self._show(point.alpha, point.beta, float(data["reward"].mean()), data)
 
     async def conclude(self, servers: Sequence[Server]) -> None:
-        """After the last point: look at the origin again, compare the weights there, write down who measured."""
+        """After the last point: recheck the origin, compare the weights there, write down who measured."""
         from rlvr_landscape_plugin.sweep.point import rescored_dataset
 
         present = [server for server in servers if server.present]
@@ -237,9 +236,9 @@ class SliceJob(Entry):
         done, total = self._journal.status()
         if (done == total or self._plan.refinement) and self._journal.read_recheck() is None:
             await present[0].client.move(0.0, 0.0)
-            base = await self._base_batch(present[0])
+            base = await self._base.get(present[0], self)
             recheck = await rescored_dataset(present[0].client, base)
-            await self.check_standing(present[0], 0.0, 0.0)
+            await self.check_weights(present[0], 0.0, 0.0)
             self._journal.write_recheck(recheck)
         used = [server for server in servers if server.present or server.points]
         for server in used:
@@ -257,7 +256,7 @@ class SliceJob(Entry):
             async with asyncio.timeout(None if server.present else ABSENT_SECONDS):
                 await server.client.move(0.0, 0.0)
                 weights = await server.client.checksums()
-                await self.check_standing(server, 0.0, 0.0)
+                await self.check_weights(server, 0.0, 0.0)
         except (ServerError, TimeoutError):
             if server.present:
                 raise

@@ -1,101 +1,80 @@
-"""What a sweep measures of one snapshot and slice, in which order, and what of it is left. Starts no server."""
+"""What a sweep measures around one snapshot in one design, in which order, and what of it is left. Starts no server."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from rlvr_landscape_plugin.config import SweepConfig
-from rlvr_landscape_plugin.directions import (
-    GENERATOR,
-    Axis,
-    Displacement,
-    SliceSpec,
-    Trajectory,
-    fingerprint,
-    prepare_slice,
-)
+from rlvr_landscape_plugin.designs import DESIGNS, Design, Point, Surroundings, find_designer
+from rlvr_landscape_plugin.directions import GENERATOR, Displacement
 from rlvr_landscape_plugin.snapshot import Snapshot
-from rlvr_landscape_plugin.store import Cell, Journal, Rectangle
+from rlvr_landscape_plugin.store import Journal, Place, Subset, holds
 from rlvr_landscape_plugin.sweep.progressive import Refinement, check_progressive
 
-DIRECTIONS = "directions"
-"""Directory under `output` for the directions that servers do not draw themselves."""
-Portion = tuple[int, int, int, int]
-"""Grid indices (i, j) of a point, the first of the tasks to measure there, and the end of them."""
+
+class Portion(NamedTuple):
+    """A point and a range of tasks, measured together."""
+
+    place: Place
+    start: int
+    """The first of the tasks."""
+    stop: int
+    """The end of them."""
 
 
-def grid_order(alphas: np.ndarray, betas: np.ndarray) -> list[tuple[int, int]]:
-    """Every (i, j), the origin first and then outward: an interrupted sweep is already a smaller landscape."""
-    cells = [(i, j) for i in range(len(alphas)) for j in range(len(betas))]
-    return sorted(cells, key=lambda cell: (alphas[cell[0]] ** 2 + betas[cell[1]] ** 2, cell))
-
-
-def shard_cells(alphas: np.ndarray, betas: np.ndarray, share: tuple[int, int]) -> list[tuple[int, int]]:
-    """The i-th of n shares of the grid, (i, n) = `share`: every n-th point of `grid_order`."""
-    index, count = share
-    return grid_order(alphas, betas)[index - 1 :: count]
-
-
-def slice_name(step: int, seed: int) -> str:
-    """Name of the directory, and of the dataset, of one snapshot and slice."""
-    return f"step{step:06d}_slice{seed}"
-
-
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """One snapshot × one slice, and the directory where its points go."""
+    """One design around one snapshot, and the journal where its points go."""
 
-    snapshot: Snapshot
-    spec: SliceSpec
+    design: Design
     journal: Journal
     dataset: Path
-    identity: dict[str, Any]
-    files: dict[Axis, Path]
-    """The file of each direction that servers do not draw themselves."""
-    words: dict[Axis, str]
-    """Each direction in words."""
     displacement: Displacement
     reward_mode: str
     """What the taskset pays: the verifier's score, or a control."""
     share: tuple[int, int]
     """(i, n): this process measures the i-th of n shares of the points."""
-    prompts: int
+    tasks: int
     """Tasks of the whole prompt set."""
-    range_found: dict[str, Any] | None = None
+    range_found: Mapping[str, Any] | None = None
     """How the range was found, if by probes."""
     refinement: Refinement | None = None
     """How far a progressive sweep of it is; None: everything is measured."""
 
     @property
-    def part(self) -> Rectangle | None:
+    def snapshot(self) -> Snapshot:
+        """The snapshot that is measured around."""
+        return self.design.snapshot
+
+    @property
+    def subset(self) -> Subset | None:
         """What is measured now, or was measured last; None: everything."""
-        return self.refinement.rectangle if self.refinement else None
+        return self.refinement.subset if self.refinement else None
 
     @property
-    def cells(self) -> list[Cell]:
-        """The points of `part` that are this process's, in their order."""
-        cells = shard_cells(self.journal.alphas, self.journal.betas, self.share)
-        if self.part is None:
-            return cells
-        inside = set(self.part.cells)
-        return [cell for cell in cells if cell in inside]
+    def points(self) -> list[Point]:
+        """The points of `subset` that are this process's, in their order."""
+        points = self.design.share(*self.share)
+        if self.subset is None:
+            return points
+        inside = set(self.subset.places)
+        return [point for point in points if point.place in inside]
 
-    @property
     def missing(self) -> list[Portion]:
         """What this process still has to measure now, in order; reads every finished point.
 
-        A progressive sweep takes all looks that what is measured allows.
+        A progressive sweep makes every interim look that the points measured so far allow.
         """
         # Without the base batch that they were scored against, points may be of no use.
         covered = self.journal.covered() if self.journal.read_base() is not None else {}
         while True:
-            stop = self.part.prompts if self.part else self.prompts
-            missing = [(*cell, int(start), stop) for cell in self.cells if (start := covered.get(cell, 0)) < stop]
+            stop = self.subset.prompts if self.subset else self.tasks
+            starts = ((point.place, covered.get(point.place, 0)) for point in self.points)
+            missing = [Portion(place, int(start), stop) for place, start in starts if start < stop]
             if missing or self.refinement is None or not self.refinement.advance():
                 return missing
 
@@ -112,16 +91,16 @@ class Plan:
 
     @property
     def concluded(self) -> bool:
-        """Whether nothing is left for this process to do after its points, the second look at the origin included."""
+        """Whether nothing is left for this process to do after its points, the recheck of the origin included."""
         if self.journal.read_facts(self.own_facts) is None:
             return False
         done, total = self.journal.status()
         return (done < total and self.refinement is None) or self.journal.read_recheck() is not None
 
     @property
-    def others(self) -> str:
-        """What other shards still owe, in words; empty when the dataset can be written."""
-        if self.share[1] == 1 or self.journal.holds(self.dataset):
+    def waiting_for(self) -> str:
+        """What other shards still owe, as a sentence; empty when the dataset can be written."""
+        if self.share[1] == 1 or holds(self.journal, self.dataset):
             return ""
         done, total = self.journal.status()
         if done < total:
@@ -130,50 +109,37 @@ class Plan:
         return f"no {', '.join(absent)} yet" if absent else ""
 
 
-def plan_slice(
-    config: SweepConfig,
-    trajectory: Trajectory,
-    seed: int,
-    prompts: str,
-    reward_mode: str,
-    found: dict[str, Any] | None,
-) -> Plan:
-    """Open or create the journal of one slice; `prompts`: their hash, `found`: the range, if probes found it.
+def make_plans(config: SweepConfig, around: Surroundings, prompts: str, reward_mode: str) -> list[Plan]:
+    """Open or create the journals of the designs around one snapshot; `prompts`: the hash of the prompt set.
 
     Raises `ConfigurationError`, `SnapshotError` or `StoreError` naming key or file.
     """
-    snapshot = trajectory.origin
-    name = slice_name(snapshot.step, seed)
-    root = Path(config.output)
-    spec, files, words = prepare_slice(config.slice, seed, trajectory, root.resolve() / DIRECTIONS)
-    identity = slice_identity(config, snapshot, spec, prompts) | ({"range_factor": found["factor"]} if found else {})
-    factor = found["factor"] if found else 1.0
-    alphas, betas = config.grid.alpha.values(factor), config.grid.beta.values(factor)
-    total = config.env.num_prompts
+    designs = find_designer(config.design, DESIGNS)(config, around)
+    return [_plan(config, around, design, prompts, reward_mode) for design in designs]
+
+
+def _plan(config: SweepConfig, around: Surroundings, design: Design, prompts: str, reward_mode: str) -> Plan:
+    root, total = Path(config.output), config.env.num_prompts
     if config.until_ci_width is not None:
-        check_progressive(alphas, betas, total, config.until_ci_width, config.until_ci_of)
-    journal = Journal(root / name, alphas, betas, identity)
-    dataset = root / f"landscape_{name}.nc"
+        check_progressive(design.frame, total, config.until_ci_width, config.until_ci_of)
+    identity = snapshot_identity(config, design.snapshot, prompts) | dict(design.identity)
+    journal = Journal(root / design.journal_name, design.frame, identity)
+    dataset = root / design.dataset_name
     # Asked for before anything is measured, so that a damaged snapshot 0 is known before the hours, not after.
-    far = trajectory.displacement if not journal.holds(dataset) else Displacement(math.nan, math.nan, "")
+    done = holds(journal, dataset)
+    far = Displacement(math.nan, math.nan, "") if done else around.trajectory.displacement
     refinement = None
     if config.until_ci_width is not None:
         refinement = Refinement(journal, total, config.until_ci_width, config.until_ci_of)
-    return Plan(
-        *(snapshot, spec, journal, dataset, identity, files, words, far, reward_mode, config.share, total),
-        found,
-        refinement,
-    )
+    return Plan(design, journal, dataset, far, reward_mode, config.share, total, around.found, refinement)
 
 
-def slice_identity(config: SweepConfig, snapshot: Snapshot, spec: SliceSpec, prompts: str) -> dict[str, Any]:
-    """Everything that determines the numbers of one snapshot and slice."""
+def snapshot_identity(config: SweepConfig, snapshot: Snapshot, prompts: str) -> dict[str, Any]:
+    """What determines the numbers around a snapshot, whichever policies are measured."""
     return {
         "configuration": config.provenance(),
         "step": snapshot.step,
         "snapshot_sha256": snapshot.sha256,
-        "slice": spec.as_dict(),
         "directions_generator": GENERATOR,
-        "directions_fingerprint": fingerprint(spec, snapshot.shapes),
         "prompts_sha256": prompts,
     }

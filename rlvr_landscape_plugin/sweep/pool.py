@@ -11,13 +11,13 @@ import asyncio
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 from rlvr_landscape_plugin.errors import ServerError
 
-Cell = tuple[int, ...]
-"""What names a point, or a portion of one."""
+Portion = TypeVar("Portion", bound=Hashable)
+"""What one server measures at a time: a point and a range of tasks, or a probe. The pool does not look inside."""
 ATTEMPTS = 3
 """Failures of one point, on whichever servers, that end the sweep."""
 OVERDUE, OVERDUE_SECONDS = 4.0, 5.0
@@ -26,14 +26,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 """Seconds between two attempts to reach a server that is away: at first, doubling, and at most."""
 
 
-class PointQueue:
+class PointQueue(Generic[Portion]):
     """The points of one slice that are still to measure, and who holds which."""
 
-    def __init__(self, cells: Iterable[Cell]) -> None:
-        self._waiting = deque(cells)
+    def __init__(self, portions: Iterable[Portion]) -> None:
+        self._waiting = deque(portions)
         self._left = set(self._waiting)
-        self._held: dict[Cell, dict[int, float]] = {}
-        self._failures: Counter[Cell] = Counter()
+        self._held: dict[Portion, dict[int, float]] = {}
+        self._failures: Counter[Portion] = Counter()
         self._seconds: list[float] = []
 
     @property
@@ -41,70 +41,71 @@ class PointQueue:
         """Whether every point is finished."""
         return not self._left
 
-    def wanted(self, cell: Cell) -> bool:
+    def wanted(self, portion: Portion) -> bool:
         """Whether nobody has finished this point yet."""
-        return cell in self._left
+        return portion in self._left
 
-    async def take(self, holder: int) -> Cell | None:
+    async def take(self, holder: int) -> Portion | None:
         """The next point; when none waits, a copy of an overdue one; None when all are finished."""
         while self._left:
-            cell = self._waiting.popleft() if self._waiting else self._overdue()
-            if cell is not None:
-                self._held.setdefault(cell, {})[holder] = time.monotonic()
-                return cell
+            portion = self._waiting.popleft() if self._waiting else self._overdue()
+            if portion is not None:
+                self._held.setdefault(portion, {})[holder] = time.monotonic()
+                return portion
             await asyncio.sleep(0.05)
         return None
 
-    def _overdue(self) -> Cell | None:
+    def _overdue(self) -> Portion | None:
         if not self._seconds:
             return None
         limit = time.monotonic() - max(OVERDUE * statistics.median(self._seconds), OVERDUE_SECONDS)
-        alone = {cell: next(iter(held.values())) for cell, held in self._held.items() if len(held) == 1}
-        late = [cell for cell, since in alone.items() if since < limit]
+        alone = {portion: next(iter(held.values())) for portion, held in self._held.items() if len(held) == 1}
+        late = [portion for portion, since in alone.items() if since < limit]
         return min(late, key=alone.__getitem__, default=None)
 
-    def finish(self, cell: Cell, holder: int) -> None:
-        """`holder` has measured `cell`, and the point is kept."""
-        self._seconds.append(time.monotonic() - self._held[cell][holder])
-        self._left.discard(cell)
-        del self._held[cell]
+    def finish(self, portion: Portion, holder: int) -> None:
+        """`holder` has measured `portion`, and the point is kept."""
+        self._seconds.append(time.monotonic() - self._held[portion][holder])
+        self._left.discard(portion)
+        del self._held[portion]
 
-    def give_back(self, cell: Cell, holder: int, error: ServerError) -> None:
-        """`holder` failed to measure `cell`; raises `error` at the third failure of one point."""
-        held = self._held.get(cell, {})
+    def give_back(self, portion: Portion, holder: int, error: ServerError) -> None:
+        """`holder` failed to measure `portion`; raises `error` at the third failure of one point."""
+        held = self._held.get(portion, {})
         held.pop(holder, None)
-        self._failures[cell] += 1
-        if self._failures[cell] >= ATTEMPTS:
+        self._failures[portion] += 1
+        if self._failures[portion] >= ATTEMPTS:
             raise error
-        if cell in self._left and not held:
-            self._held.pop(cell, None)
-            self._waiting.appendleft(cell)
+        if portion in self._left and not held:
+            self._held.pop(portion, None)
+            self._waiting.appendleft(portion)
 
 
 class Member(Protocol):
-    """One server as a crew sees it."""
+    """One server as a pool sees it."""
 
     present: bool
     """Whether it stands in the present slice, ready for points."""
 
 
 Server = TypeVar("Server", bound=Member)
-Worked = TypeVar("Worked", bound=Member, contravariant=True)
+ServerOfJob = TypeVar("ServerOfJob", bound=Member, contravariant=True)
+PortionOfJob = TypeVar("PortionOfJob", bound=Hashable, contravariant=True)
 
 
-class Job(Protocol[Worked]):
-    """What a crew does with a slice. Both raise `ServerError` when the server fails."""
+class Job(Protocol[ServerOfJob, PortionOfJob]):
+    """What a pool does with a slice. Both raise `ServerError` when the server fails."""
 
-    async def enter(self, server: Worked) -> None:
+    async def enter(self, server: ServerOfJob) -> None:
         """Bring a server, new or come back, into the slice."""
         ...
 
-    async def measure(self, server: Worked, cell: Cell, wanted: Callable[[], bool]) -> None:
+    async def measure(self, server: ServerOfJob, portion: PortionOfJob, wanted: Callable[[], bool]) -> None:
         """Measure a point; keep it if it is still `wanted` at the end."""
         ...
 
 
-class Crew(Generic[Server]):
+class Pool(Generic[Server]):
     """Servers that work through queues of points together."""
 
     def __init__(self, servers: list[Server], patience: float, say: Callable[[str], None]) -> None:
@@ -114,15 +115,15 @@ class Crew(Generic[Server]):
         self._away: set[int] = set()
         self._alive = time.monotonic()
 
-    async def work(self, queue: PointQueue, job: Job[Server], anew: bool = True) -> None:
+    async def work(self, queue: PointQueue[Portion], job: Job[Server, Portion], new_slice: bool = True) -> None:
         """Until every point is finished. Servers still busy with a copy are cut off then, and no longer present.
 
-        `anew`: this is another slice than before, which every server has to enter.
+        `new_slice`: this is another slice than before, which every server has to enter.
 
         Raises the `ServerError` of the last server when none has answered for `patience` seconds, or of a point that
         failed three times.
         """
-        if anew:
+        if new_slice:
             for server in self.servers:
                 server.present = False
             self._away.clear()
@@ -138,24 +139,24 @@ class Crew(Generic[Server]):
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _serve(self, server: Server, queue: PointQueue, job: Job[Server]) -> None:
+    async def _serve(self, server: Server, queue: PointQueue[Portion], job: Job[Server, Portion]) -> None:
         pause = FIRST_PAUSE
         while not queue.done:
-            cell: Cell | None = None
+            portion: Portion | None = None
             try:
                 if not server.present:
                     await job.enter(server)
                     server.present = True
                     self._away.discard(id(server))
-                cell = await queue.take(id(server))
-                if cell is None:
+                portion = await queue.take(id(server))
+                if portion is None:
                     return
-                await self._measure(server, cell, queue, job)
+                await self._measure(server, portion, queue, job)
                 self._alive, pause = time.monotonic(), FIRST_PAUSE
             except ServerError as error:
                 server.present = False
-                if cell is not None:
-                    queue.give_back(cell, id(server), error)
+                if portion is not None:
+                    queue.give_back(portion, id(server), error)
                 self._away.add(id(server))
                 alone = len(self._away) == len(self.servers)
                 if alone and time.monotonic() - self._alive >= self._patience:
@@ -166,10 +167,12 @@ class Crew(Generic[Server]):
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
-    async def _measure(self, server: Server, cell: Cell, queue: PointQueue, job: Job[Server]) -> None:
-        # Whoever is interrupted here stands somewhere else than its weights say.
+    async def _measure(
+        self, server: Server, portion: Portion, queue: PointQueue[Portion], job: Job[Server, Portion]
+    ) -> None:
+        # Cut off in the middle, a server may stand anywhere: it has to enter the slice again.
         server.present = False
-        await job.measure(server, cell, lambda: queue.wanted(cell))
+        await job.measure(server, portion, lambda: queue.wanted(portion))
         server.present = True
-        if queue.wanted(cell):
-            queue.finish(cell, id(server))
+        if queue.wanted(portion):
+            queue.finish(portion, id(server))

@@ -11,30 +11,35 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 from rlvr_landscape_analysis import AnalysisError
+from rlvr_landscape_analysis.schema import GRID, PER_TASK
 from rlvr_landscape_analysis.statistics import progressive
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS
 
 from rlvr_landscape_plugin.errors import ConfigurationError, StoreError
-from rlvr_landscape_plugin.store import FULL, POINT, Journal, Rectangle
+from rlvr_landscape_plugin.store import Frame, Journal, Subset
 
 Statistic = Literal["correlation", "beyond_radius"]
 
 
-def check_progressive(alphas: np.ndarray, betas: np.ndarray, prompts: int, asked: float, statistic: Statistic) -> None:
-    """Raise `ConfigurationError` for a grid and a prompt set that can never give the interval asked for."""
+def check_progressive(frame: Frame, prompts: int, asked: float, statistic: Statistic) -> None:
+    """Raise `ConfigurationError` for points and a prompt set that can never give the interval asked for."""
+    if frame.names != GRID:
+        raise ConfigurationError(
+            f"until_ci_width = {asked} refines a grid of two axes; this design has {', '.join(frame.names) or 'none'}"
+        )
     if prompts < MIN_PROMPTS:
         raise ConfigurationError(
             f"until_ci_width = {asked} needs an interval, which env.num_prompts = {prompts} cannot give; "
             f"set it to {MIN_PROMPTS} at least, better to some hundreds"
         )
     try:
-        progressive.check_statistic(statistic, alphas, betas)
+        progressive.check_statistic(statistic, *(dimension.values for dimension in frame.dimensions))
     except AnalysisError as error:
         raise ConfigurationError(f"until_ci_width = {asked} with this grid: {error}") from error
 
 
 class Refinement:
-    """The looks at one slice so far, and the rectangle that is measured now or was measured last.
+    """The interim looks at one slice so far, and the part of it that is measured now or was measured last.
 
     Decisions are a function of the journal's files, so the same command takes them again when it continues.
     """
@@ -42,19 +47,20 @@ class Refinement:
     def __init__(self, journal: Journal, prompts: int, asked: float, statistic: Statistic) -> None:
         """`prompts`: all that may be measured. The grid has passed `check_progressive`."""
         self._journal, self._prompts, self._asked, self._statistic = journal, prompts, asked, statistic
-        self._axes = journal.alphas, journal.betas
+        alpha, beta = journal.frame.dimensions
+        self._axes = alpha.values, beta.values
         self._levels = progressive.grid_levels(*self._axes)
         self._design = progressive.first_design(*self._axes, prompts)
         self.looks: list[progressive.Look] = []
 
     @property
-    def rectangle(self) -> Rectangle:
+    def subset(self) -> Subset:
         """What is measured now, or was measured last."""
         rows, columns = self._levels[self._design.level]
-        return Rectangle(tuple(rows.tolist()), tuple(columns.tolist()), self._design.prompts)
+        return Subset((tuple(rows.tolist()), tuple(columns.tolist())), self._design.prompts)
 
     def advance(self) -> bool:
-        """Look at the present rectangle, which is whole; returns whether there is another one to measure."""
+        """Look at the present subset, which is whole; returns whether there is another one to measure."""
         if not self.looks or self.looks[-1].design != self._design:
             try:
                 look = progressive.look(self._data(), *self._axes, self._design, statistic=self._statistic)
@@ -67,19 +73,19 @@ class Refinement:
         return following is not None
 
     def _data(self) -> xr.Dataset:
-        part = self.rectangle
+        subset = self.subset
         names = ("reward", "kl_k1")
-        points = [self._journal.read_point(i, j, part.prompts)[list(names)] for i, j in part.cells]
-        shape = len(part.rows), len(part.columns)
+        points = [self._journal.read_point(place, subset.prompts)[list(names)] for place in subset.places]
+        stacked = {name: np.stack([point[name].values for point in points]) for name in names}
         return xr.Dataset(
             {
-                name: (FULL, np.stack([p[name].values for p in points]).reshape(*shape, *points[0][name].shape))
-                for name in names
+                name: ((*GRID, *PER_TASK), values.reshape(*subset.shape, *values.shape[1:]))
+                for name, values in stacked.items()
             },
-            {"alpha": self._axes[0][list(part.rows)], "beta": self._axes[1][list(part.columns)]},
+            {name: axis[list(chosen)] for name, axis, chosen in zip(GRID, self._axes, subset.indices, strict=True)},
         )
 
-    def words(self, look: progressive.Look) -> str:
+    def describe(self, look: progressive.Look) -> str:
         """A look in one line."""
         rows, columns = self._levels[look.design.level]
         where = f"{len(rows)} × {len(columns)} points × {look.design.prompts} prompts"
@@ -102,7 +108,7 @@ class Refinement:
         return {
             "asked_width": self._asked,
             "statistic": self._statistic,
-            "full": {**dict(zip(POINT, (a.tolist() for a in self._axes), strict=True)), "prompts": self._prompts},
+            "full": {**dict(zip(GRID, (a.tolist() for a in self._axes), strict=True)), "prompts": self._prompts},
             "looks": [
                 {
                     "level": look.design.level,

@@ -6,18 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from campaign import FAILED, KINDS, SKIPPED, Campaign, Host, schedule, table
 from conftest import POLICY
 
-from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
+from rlvr_landscape_plugin.directions import PreparedSlice, SliceSpec
 from rlvr_landscape_plugin.errors import ServerError
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.snapshot import open_snapshot
-from rlvr_landscape_plugin.sweep.jobs import Server, SliceJob
+from rlvr_landscape_plugin.sweep.fleet import Server
+from rlvr_landscape_plugin.sweep.jobs import Job
 
 CHEAP = [
     "client: kill -9",
@@ -51,20 +51,18 @@ def test_a_sweep_survives_each_cheap_fault_or_refuses_and_continues(server, seco
 @pytest.mark.server
 async def test_a_move_along_the_slice_of_another_client_is_noticed(server):
     spec, snapshot = SliceSpec(seed=0), open_snapshot(POLICY)
-    identity = {"snapshot_sha256": snapshot.sha256, "directions_fingerprint": fingerprint(spec, snapshot.shapes)}
-    plan: Any = SimpleNamespace(journal=None, snapshot=snapshot, spec=spec, files={}, identity=identity)
     unused: Any = None
-    job = SliceJob(plan, unused, unused)
+    job = Job(PreparedSlice(snapshot, spec, {}, {}), "auto", unused, unused)
     async with LandscapeClient(server.url, server.token) as ours, LandscapeClient(server.url, server.token) as other:
         await ours.load(str(POLICY), spec.as_dict())
         await ours.move(0.1, 0.0)
-        await job.check_standing(Server(ours), 0.1, 0.0)
+        await job.check_weights(Server(ours), 0.1, 0.0)
         await other.load(str(POLICY), SliceSpec(seed=7).as_dict())
         with pytest.raises(ServerError, match="another client loaded tiny_sorter since load"):
             await ours.move(0.1, 0.0)
         await other.move(0.1, 0.0)
         with pytest.raises(ServerError, match="no longer holds the weights of this sweep"):
-            await job.check_standing(Server(ours), 0.1, 0.0)
+            await job.check_weights(Server(ours), 0.1, 0.0)
 
 
 @pytest.mark.nightly

@@ -24,6 +24,7 @@ from old_data import (
 )
 
 from rlvr_landscape_plugin.config import SweepConfig, TrainConfig, digest, load_config
+from rlvr_landscape_plugin.designs.grid import grid_frame
 from rlvr_landscape_plugin.store import Journal
 from rlvr_landscape_plugin.sweep import main
 
@@ -127,7 +128,7 @@ def test_a_killed_journal_opens_under_its_old_identity(tmp_path: Path) -> None:
     before = fingerprints(root)
     stored = json.loads((root / "journal.json").read_text())
     axes = stored.pop("axes")
-    journal = Journal(root, np.array(axes["alpha"]), np.array(axes["beta"]), stored)
+    journal = Journal(root, grid_frame(np.array(axes["alpha"]), np.array(axes["beta"])), stored)
     assert {f"a{i:03d}_b{j:03d}.nc" for i, j in journal.done()} == KILLED_POINTS
     assert journal.prompts == 5
     assert fingerprints(root) == before

@@ -17,15 +17,16 @@ import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
+from rlvr_landscape_analysis.schema import SCHEMA
 
+from rlvr_landscape_plugin.designs.grid import grid_frame
 from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.store import (
-    FULL,
-    POINT,
-    SCHEMA,
     Annotations,
     Journal,
-    Rectangle,
+    Subset,
+    consolidate,
+    holds,
     keep_record,
     landscapes,
     read_record,
@@ -49,7 +50,9 @@ def identity(**changes):
 def base_batch(seed=0):
     rng = np.random.default_rng(seed)
     shape = (PROMPTS, ROLLOUTS)
-    data = {name: (CELL, rng.random(shape)) for name, v in SCHEMA.items() if v.dims == CELL and "recheck" not in name}
+    data = {
+        name: (CELL, rng.random(shape)) for name, v in SCHEMA.items() if v.family == "base" and "recheck" not in name
+    }
     data["base_status"] = (CELL, np.zeros(shape, np.int8))
     data["base_tokens"] = (CELL, rng.integers(1, 9, shape).astype(np.int32))
     return xr.Dataset(data | {"token_id": ("token", np.arange(7, dtype=np.int32))})
@@ -60,9 +63,9 @@ def point(i, j, shape=(PROMPTS, ROLLOUTS)):
     p, r = np.indices(shape)
     data = {}
     for name, variable in SCHEMA.items():
-        if variable.dims == FULL and variable.required:
+        if variable.family in ("rollout", "completion") and variable.required:
             data[name] = (CELL, 100.0 * i + 10 * j + p + r / 10)
-        elif variable.dims == POINT:
+        elif variable.family == "point":
             data[name] = ((), 10.0 * i + j)
     for name in ("status", "truncated"):
         data[name] = (CELL, np.zeros(shape, np.int8))
@@ -75,15 +78,24 @@ def recheck():
     return xr.Dataset({"recheck_logprob": (CELL, zeros), "recheck_max_difference": (CELL, zeros)})
 
 
+def test_a_frame_names_its_axes_and_its_files():
+    frame = grid_frame(ALPHAS, BETAS, described={"alpha": "along training"})
+    assert frame.dimensions[0].long_name == "along training"
+    assert frame.point_file((2, 3)) == "a002_b003.nc"
+    assert frame.parse("a002_b003_p00005-00010.nc") == ((2, 3), range(5, 10))
+    for other in ("a003_b000.nc", "a002_b003.nc.corrupt", ".a000_b000.nc.1.tmp", "a002.nc"):
+        assert frame.parse(other) is None
+
+
 def journal_at(path, **changes):
-    return Journal(path, ALPHAS, BETAS, identity(**changes))
+    return Journal(path, grid_frame(ALPHAS, BETAS), identity(**changes))
 
 
 def finished(path, **changes):
     journal = journal_at(path, **changes)
     journal.write_base(base_batch())
     for cell in np.ndindex(len(ALPHAS), len(BETAS)):
-        journal.write_point(*cell, point(*cell))
+        journal.write_point(cell, point(*cell))
     journal.write_recheck(recheck())
     return journal
 
@@ -95,7 +107,7 @@ def journal(tmp_path):
 
 @pytest.fixture
 def landscape(journal, tmp_path):
-    return journal.consolidate(tmp_path / "landscape_step000000_slice0.nc", {"title": "a test"})
+    return consolidate(journal, tmp_path / "landscape_step000000_slice0.nc", {"title": "a test"})
 
 
 def test_axes_keep_their_order_on_a_grid_that_is_neither_square_nor_symmetric(landscape):
@@ -125,14 +137,13 @@ def test_the_dataset_describes_itself(landscape):
 
 
 def test_the_radius_in_displacements_is_derived_from_the_realised_step(journal, tmp_path):
-    notes = Annotations(0.5, 20.0, "measured from here to there", {"alpha": "along training", "reward": "a coin"})
-    with xr.open_dataset(journal.consolidate(tmp_path / "out.nc", {}, notes)) as data:
+    notes = Annotations(0.5, 20.0, "measured from here to there", {"reward": "a coin"})
+    with xr.open_dataset(consolidate(journal, tmp_path / "out.nc", {}, notes)) as data:
         assert data.displacement_norm.item() == 0.5
         assert data.displacement_norm.attrs["comment"] == "measured from here to there"
         xr.testing.assert_allclose(
             data.displacement_radius.variable, (data.realised_step * 20.0 / 0.5).variable, check_dim_order=True
         )
-        assert data.alpha.attrs["long_name"] == "along training"
         assert data.beta.attrs["long_name"] == "coordinate along direction η, in units of its norm"
         assert data.reward.attrs["long_name"] == "a coin"
         assert data.kl_k1.attrs["long_name"].startswith("KL divergence")
@@ -152,30 +163,30 @@ def portion(i, j, start, stop):
 def test_a_point_may_come_in_portions_of_prompts(tmp_path):
     journal = journal_at(tmp_path / "run")
     journal.write_base(base_batch())
-    journal.write_point(1, 1, portion(1, 1, 0, 2), range(2))
-    journal.write_point(1, 2, portion(1, 2, 2, 5), range(2, 5))
+    journal.write_point((1, 1), portion(1, 1, 0, 2), range(2))
+    journal.write_point((1, 2), portion(1, 2, 2, 5), range(2, 5))
     assert journal.covered() == {(1, 1): 2}, "a portion that follows on nothing does not count"
     assert journal.done() == set()
-    xr.testing.assert_equal(journal.read_point(1, 1, 2), portion(1, 1, 0, 2))
+    xr.testing.assert_equal(journal.read_point((1, 1), 2), portion(1, 1, 0, 2))
     with pytest.raises(StoreError, match="not measured yet"):
-        journal.read_point(1, 1)
-    journal.write_point(1, 1, portion(1, 1, 2, 5), range(2, 5))
-    journal.write_point(1, 1, portion(1, 1, 0, 4), range(4))
+        journal.read_point((1, 1))
+    journal.write_point((1, 1), portion(1, 1, 2, 5), range(2, 5))
+    journal.write_point((1, 1), portion(1, 1, 0, 4), range(4))
     assert (journal.done(), journal.status()) == ({(1, 1)}, (1, 12))
-    again = journal.read_point(1, 1)
+    again = journal.read_point((1, 1))
     xr.testing.assert_equal(again.reward, point(1, 1).reward)
     assert again.realised_step == point(1, 1).realised_step
     assert again.seconds_move == 2 * point(1, 1).seconds_move
     with pytest.raises(StoreError, match="2 prompts, not those of"):
-        journal.write_point(0, 0, portion(0, 0, 0, 2), range(3))
+        journal.write_point((0, 0), portion(0, 0, 0, 2), range(3))
 
 
 def test_a_portion_under_a_wrong_name_is_moved_aside(tmp_path):
     journal = journal_at(tmp_path / "run")
     journal.write_base(base_batch())
     data = portion(0, 0, 0, 2)
-    journal._write(journal._path(0, 0, range(3)), data.assign_attrs(base_sha256=journal._base_digest()))
-    with pytest.warns(UserWarning, match="holds 2 prompts, its name says 00000 to 00003"):
+    journal._write(journal._path((0, 0), range(3)), data.assign_attrs(base_sha256=journal._base_digest()))
+    with pytest.warns(UserWarning, match="holds 2 prompts, its name says 0 to 3"):
         assert journal.covered() == {}
 
 
@@ -183,14 +194,14 @@ def test_a_dataset_of_a_part_is_replaced_by_that_of_more(tmp_path):
     journal = journal_at(tmp_path / "run")
     journal.write_base(base_batch())
     journal.write_recheck(recheck())
-    part, out = Rectangle((0, 1, 2), (0, 2, 3), 2), tmp_path / "out.nc"
-    for cell in part.cells:
-        journal.write_point(*cell, portion(*cell, 0, 2), range(2))
+    part, out = Subset(((0, 1, 2), (0, 2, 3)), 2), tmp_path / "out.nc"
+    for cell in part.places:
+        journal.write_point(cell, portion(*cell, 0, 2), range(2))
     with pytest.raises(StoreError, match="lacks 12 of 12 points"):
-        journal.consolidate(out, {})
-    journal.consolidate(out, {"title": "a part"}, part=part)
-    assert journal.holds(out, part)
-    assert not journal.holds(out)
+        consolidate(journal, out, {})
+    consolidate(journal, out, {"title": "a part"}, subset=part)
+    assert holds(journal, out, part)
+    assert not holds(journal, out)
     with xr.open_dataset(out) as small:
         small.load()
     assert dict(small.sizes) == {"alpha": 3, "beta": 3, "prompt": 2, "rollout": ROLLOUTS}
@@ -199,14 +210,14 @@ def test_a_dataset_of_a_part_is_replaced_by_that_of_more(tmp_path):
     for cell in np.ndindex(3, 4):
         start = journal.covered().get(cell, 0)
         whole = point(*cell).isel(prompt=slice(start, None))
-        journal.write_point(*cell, whole, range(start, PROMPTS) if start else None)
-    journal.consolidate(out, {"title": "everything"})
+        journal.write_point(cell, whole, range(start, PROMPTS) if start else None)
+    consolidate(journal, out, {"title": "everything"})
     with xr.open_dataset(out) as full:
         assert full.attrs["title"] == "everything"
         same = full.sel(alpha=small.alpha, beta=small.beta).isel(prompt=slice(2))
         xr.testing.assert_equal(same[["reward", "kl_k1", "base_reward"]], small[["reward", "kl_k1", "base_reward"]])
         assert full.reward.notnull().all()
-    journal.consolidate(out, {"title": "a part"}, part=part)
+    consolidate(journal, out, {"title": "a part"}, subset=part)
     with xr.open_dataset(out) as full:
         assert full.attrs["title"] == "everything", "what holds more stays"
 
@@ -227,7 +238,7 @@ def test_steps_concatenate_with_concat_and_open_mfdataset(tmp_path):
     paths = []
     for step in (0, 10, 2):
         run = finished(tmp_path / f"run{step}", step=step)
-        paths.append(run.consolidate(tmp_path / f"landscape_step{step:06d}_slice0.nc", {}))
+        paths.append(consolidate(run, tmp_path / f"landscape_step{step:06d}_slice0.nc", {}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         joined = xr.concat([xr.load_dataset(path) for path in paths], dim="step")
@@ -241,12 +252,12 @@ def test_steps_concatenate_with_concat_and_open_mfdataset(tmp_path):
 
 def test_points_and_the_base_batch_come_back_as_they_were_written(journal):
     xr.testing.assert_identical(journal.read_base().drop_attrs(), base_batch())
-    xr.testing.assert_identical(journal.read_point(2, 1).drop_attrs(), point(2, 1))
+    xr.testing.assert_identical(journal.read_point((2, 1)).drop_attrs(), point(2, 1))
 
 
 def test_the_first_writer_wins(journal):
-    journal.write_point(0, 0, point(2, 3))
-    assert journal.read_point(0, 0).reward[0, 0] == 0
+    journal.write_point((0, 0), point(2, 3))
+    assert journal.read_point((0, 0)).reward[0, 0] == 0
     kept = journal.write_base(base_batch(seed=1))
     xr.testing.assert_identical(kept.drop_attrs(), base_batch(seed=0))
 
@@ -255,10 +266,10 @@ def test_status_and_done_agree(tmp_path):
     journal = journal_at(tmp_path)
     journal.write_base(base_batch())
     assert (journal.done(), journal.status()) == (set(), (0, 12))
-    journal.write_point(0, 3, point(0, 3))
+    journal.write_point((0, 3), point(0, 3))
     assert (journal.done(), journal.status()) == ({(0, 3)}, (1, 12))
     with pytest.raises(StoreError, match=r"point \(1, 1\) .* is not measured yet"):
-        journal.read_point(1, 1)
+        journal.read_point((1, 1))
 
 
 def test_another_configuration_is_refused_and_every_difference_named(journal):
@@ -269,26 +280,26 @@ def test_another_configuration_is_refused_and_every_difference_named(journal):
     assert "configuration.env.rollouts: 2 there, 9 asked for" in str(caught.value)
     assert "env.id" not in str(caught.value)
     with pytest.raises(StoreError, match=r"axes\.beta"):
-        Journal(journal.root, ALPHAS, BETAS[:3], identity())
+        Journal(journal.root, grid_frame(ALPHAS, BETAS[:3]), identity())
 
 
 def test_another_landscape_is_not_overwritten(landscape, tmp_path):
     before = landscape.read_bytes()
-    assert finished(tmp_path / "run").consolidate(landscape, {}) == landscape
+    assert consolidate(finished(tmp_path / "run"), landscape, {}) == landscape
     assert landscape.read_bytes() == before
     with pytest.raises(StoreError, match="holds another landscape"):
-        finished(tmp_path / "other", step=3).consolidate(landscape, {})
+        consolidate(finished(tmp_path / "other", step=3), landscape, {})
     landscape.write_bytes(b"not netCDF")
     with pytest.raises(StoreError, match="not a readable dataset"):
-        finished(tmp_path / "run").consolidate(landscape, {})
+        consolidate(finished(tmp_path / "run"), landscape, {})
 
 
 def test_an_unfinished_sweep_is_not_consolidated(tmp_path):
     journal = journal_at(tmp_path / "run")
     journal.write_base(base_batch())
-    journal.write_point(1, 2, point(1, 2))
+    journal.write_point((1, 2), point(1, 2))
     with pytest.raises(StoreError, match="lacks 11 of 12 points"):
-        journal.consolidate(tmp_path / "out.nc", {})
+        consolidate(journal, tmp_path / "out.nc", {})
     assert not list(tmp_path.glob("*.nc"))
 
 
@@ -307,9 +318,9 @@ def test_a_damaged_point_is_moved_aside_and_measured_again(journal, tmp_path, da
     aside = list(path.parent.glob("*.corrupt"))
     assert [file.read_bytes() for file in aside] == [content]
     with pytest.raises(StoreError, match="lacks 1 of 12 points"):
-        journal.consolidate(tmp_path / "out.nc", {})
-    journal.write_point(1, 2, point(1, 2))
-    assert journal.consolidate(tmp_path / "out.nc", {}).exists()
+        consolidate(journal, tmp_path / "out.nc", {})
+    journal.write_point((1, 2), point(1, 2))
+    assert consolidate(journal, tmp_path / "out.nc", {}).exists()
 
 
 def test_a_flipped_bit_never_changes_a_value_unseen(journal):
@@ -320,7 +331,7 @@ def test_a_flipped_bit_never_changes_a_value_unseen(journal):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if (1, 2) in journal.done():
-                assert journal.read_point(1, 2).equals(point(1, 2)), at
+                assert journal.read_point((1, 2)).equals(point(1, 2)), at
             else:
                 refused += 1
     assert refused > 0
@@ -331,7 +342,7 @@ def test_points_of_another_base_batch_are_not_mixed_in(journal):
     again = journal_at(journal.root)
     again.write_base(base_batch(seed=1))
     with pytest.warns(UserWarning, match="another base batch"):
-        again.write_point(0, 0, point(0, 0))
+        again.write_point((0, 0), point(0, 0))
     with pytest.warns(UserWarning, match=r"recheck\.nc was moved .* another base batch"):
         assert again.read_recheck() is None
     with pytest.warns(UserWarning, match="another base batch"):
@@ -378,7 +389,7 @@ def test_a_read_only_disk_is_named_though_nothing_can_be_tidied_up(journal, monk
     monkeypatch.setattr(xr.Dataset, "to_netcdf", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(StoreError, match="Read-only file system; finished points are safe"):
-        journal.write_point(0, 1, point(0, 1))
+        journal.write_point((0, 1), point(0, 1))
 
 
 def test_an_unreadable_file_is_not_called_corrupt(journal, monkeypatch):
@@ -405,9 +416,9 @@ def test_a_wrong_point_is_refused(tmp_path, change, message):
     journal = journal_at(tmp_path)
     whole = point(0, 0).assign_coords(prompt=np.arange(PROMPTS))
     with pytest.raises(StoreError, match=message):
-        journal.write_point(0, 0, change(whole))
-    with pytest.raises(StoreError, match="outside the grid"):
-        journal.write_point(3, 0, whole)
+        journal.write_point((0, 0), change(whole))
+    with pytest.raises(StoreError, match="outside the 3 × 4 points"):
+        journal.write_point((3, 0), whole)
     assert not list((tmp_path / "points").iterdir())
 
 
@@ -416,8 +427,8 @@ def test_a_failed_rollout_is_data(journal, tmp_path):
     path.unlink()
     failed = point(0, 1)
     failed["reward"][2, 1], failed["status"][2, 1] = np.nan, 2
-    journal.write_point(0, 1, failed)
-    with xr.open_dataset(journal.consolidate(tmp_path / "out.nc", {})) as data:
+    journal.write_point((0, 1), failed)
+    with xr.open_dataset(consolidate(journal, tmp_path / "out.nc", {})) as data:
         assert np.isnan(data.reward).sum() == 1
         assert data.status[0, 1, 2, 1] == 2
 
@@ -432,7 +443,7 @@ print("ready", flush=True)
 while True:
     for cell in np.ndindex(len(ALPHAS), len(BETAS)):
         (journal.root / "points" / "a{{:03d}}_b{{:03d}}.nc".format(*cell)).unlink(missing_ok=True)
-        journal.write_point(*cell, point(*cell))
+        journal.write_point(cell, point(*cell))
 """
 
 
@@ -452,7 +463,7 @@ def test_kill_9_at_any_moment_leaves_no_half_written_point(tmp_path):
             done = journal.done()
         assert len(done) == journal.status()[0]
         for i, j in done:
-            xr.testing.assert_identical(journal.read_point(i, j).drop_attrs(), point(i, j))
+            xr.testing.assert_identical(journal.read_point((i, j)).drop_attrs(), point(i, j))
 
 
 def test_what_a_killed_writer_left_long_ago_is_removed(tmp_path):
@@ -487,7 +498,7 @@ def test_a_full_disk_is_named_and_leaves_no_scratch(journal, monkeypatch):
 
     monkeypatch.setattr(xr.Dataset, "to_netcdf", full)
     with pytest.raises(StoreError, match=r"a000_b000\.nc: the disk is full .*finished points are safe"):
-        journal.write_point(0, 0, point(0, 0))
+        journal.write_point((0, 0), point(0, 0))
     assert journal.status() == (11, 12)
     assert not list(journal.root.rglob(".*.tmp"))
 
@@ -515,11 +526,11 @@ try:
     if sys.argv[2] == "points":
         leave(250)
     for cell in np.ndindex(3, 4):
-        journal.write_point(*cell, noisy(*cell))
+        journal.write_point(cell, noisy(*cell))
     zeros = np.zeros((400, 2))
     journal.write_recheck(xr.Dataset({{"recheck_logprob": (CELL, zeros), "recheck_max_difference": (CELL, zeros)}}))
     leave(60)
-    journal.consolidate(root / "out.nc", {{}})
+    consolidate(journal, root / "out.nc", {{}})
 except StoreError as error:
     print(error)
 done = journal.done()

@@ -6,17 +6,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rlvr_landscape_plugin.errors import ServerError
-from rlvr_landscape_plugin.sweep import pool as crew_module
-from rlvr_landscape_plugin.sweep.plan import grid_order, shard_cells
-from rlvr_landscape_plugin.sweep.pool import Cell, Crew, PointQueue
+from rlvr_landscape_plugin.sweep import pool as module
+from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
 
-CELLS = [(0, j) for j in range(8)]
+POINTS = [(0, j) for j in range(8)]
 
 
 @dataclass
@@ -38,28 +34,30 @@ class FakeServer:
 
 @dataclass
 class FakeJob:
-    kept: list[tuple[Cell, int]] = field(default_factory=list)
+    kept: list[tuple[tuple[int, int], int]] = field(default_factory=list)
 
     async def enter(self, server: FakeServer) -> None:
         await server.answer()
         server.entered += 1
 
-    async def measure(self, server: FakeServer, cell: Cell, wanted: Callable[[], bool]) -> None:
+    async def measure(self, server: FakeServer, point: tuple[int, int], wanted: Callable[[], bool]) -> None:
         await server.answer()
         if wanted():
-            self.kept.append((cell, id(server)))
+            self.kept.append((point, id(server)))
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(crew_module, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(crew_module, "OVERDUE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(module, "OVERDUE_SECONDS", 0.1)
 
 
-def run(servers: list[FakeServer], patience: float = 0.0, cells: list[Cell] = CELLS) -> tuple[FakeJob, list[str]]:
+def run(
+    servers: list[FakeServer], patience: float = 0.0, points: list[tuple[int, int]] = POINTS
+) -> tuple[FakeJob, list[str]]:
     job, said = FakeJob(), []
-    asyncio.run(asyncio.wait_for(Crew(servers, patience, said.append).work(PointQueue(cells), job), 20))
-    assert sorted(cell for cell, _ in job.kept) == sorted(cells), "every point once"
+    asyncio.run(asyncio.wait_for(Pool(servers, patience, said.append).work(PointQueue(points), job), 20))
+    assert sorted(point for point, _ in job.kept) == sorted(points), "every point once"
     return job, said
 
 
@@ -100,7 +98,7 @@ def test_the_last_error_ends_the_work_when_nobody_is_left():
 def test_a_point_that_fails_on_every_server_ends_the_work():
     with pytest.raises(ServerError, match="connection failed"):
         # Each server enters, then fails to measure, for ever.
-        run([FakeServer(failing=lambda call: call % 2 == 1) for _ in range(2)], patience=60.0, cells=[(0, 0)])
+        run([FakeServer(failing=lambda call: call % 2 == 1) for _ in range(2)], patience=60.0, points=[(0, 0)])
 
 
 def test_a_stuck_point_is_measured_by_an_idle_server_and_counts_once():
@@ -114,11 +112,3 @@ def test_a_stuck_point_is_measured_by_an_idle_server_and_counts_once():
     job, _ = run([stuck, FakeServer(seconds=0.02)])
     assert not stuck.present, "it was cut off in the middle of something"
     assert sum(who == id(stuck) for _, who in job.kept) == 1
-
-
-@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9))
-def test_shards_are_a_partition_of_the_grid(rows, columns, count):
-    alphas, betas = np.linspace(-1, 1, rows), np.linspace(-1, 1, columns)
-    shares = [shard_cells(alphas, betas, (index + 1, count)) for index in range(count)]
-    assert sorted(cell for share in shares for cell in share) == sorted(grid_order(alphas, betas))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -23,10 +23,10 @@ from conftest import POLICY, ROOT, TASKSET, start_sweep
 from rlvr_alphabet_sort.rules import episode_reward
 
 from rlvr_landscape_plugin.config import SweepConfig
+from rlvr_landscape_plugin.designs.grid import grid_order
 from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
 from rlvr_landscape_plugin.episodes import load_tasks, open_environment, prompts_hash
 from rlvr_landscape_plugin.snapshot import open_snapshot
-from rlvr_landscape_plugin.sweep.plan import grid_order
 from rlvr_landscape_plugin.sweep.point import BaseBatch
 
 matplotlib.use("Agg")

@@ -1,0 +1,8 @@
+"""Which policies around a snapshot are measured. One file per design; `design.py` says what a design is."""
+
+from rlvr_landscape_plugin.designs.design import Design, Designer, Point, Surroundings, find_designer
+
+DESIGNS = {"grid": "rlvr_landscape_plugin.designs.grid.grid_designs"}
+"""Name in a configuration → import path of the designer."""
+
+__all__ = ["DESIGNS", "Design", "Designer", "Point", "Surroundings", "find_designer"]

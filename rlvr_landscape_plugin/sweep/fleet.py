@@ -1,0 +1,117 @@
+"""The servers of a sweep: started here or reached by their addresses, when they are first needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER
+
+from rlvr_landscape_plugin.errors import ServerError, ServerUnreachableError
+from rlvr_landscape_plugin.sweep.pool import Pool
+
+if TYPE_CHECKING:
+    from rlvr_landscape_plugin.config import SweepConfig
+    from rlvr_landscape_plugin.display import Display
+    from rlvr_landscape_plugin.serving.client import LandscapeClient
+    from rlvr_landscape_plugin.snapshot import Snapshot
+    from rlvr_landscape_plugin.sweep.point import PointMeter
+
+
+@dataclass
+class Server:
+    """A server in use: its client and what it said about itself."""
+
+    client: LandscapeClient
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Empty until it first answered."""
+    log: Path | None = None
+    present: bool = False
+    """Whether it stands in the present slice (`pool.Member`)."""
+    meter: PointMeter | None = None
+    origin: list[dict[str, str]] | None = None
+    """Checksums of its weights at the origin, the snapshot itself."""
+    points: int = 0
+    """Points of the present plan that it measured."""
+
+
+def facts_to_keep(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a dataset keeps of a server's facts: not where its weights stand now, nor where its files lie."""
+    kept = {key: value for key, value in facts.items() if key not in ("at", "loaded", "state", "version")}
+    return kept | {"model": Path(str(facts["model"])).name}
+
+
+class Fleet:
+    """All servers of a sweep, as an async context manager; those that it started end with it."""
+
+    def __init__(self, config: SweepConfig, snapshots: Sequence[Snapshot], display: Display) -> None:
+        self._config, self._snapshots, self._display = config, snapshots, display
+        self._stack = contextlib.AsyncExitStack()
+        self._pool: Pool[Server] | None = None
+
+    async def __aenter__(self) -> Fleet:
+        return self
+
+    async def __aexit__(self, *exc: Any) -> None:
+        await self._stack.__aexit__(*exc)
+
+    async def pool(self, first: Snapshot) -> Pool[Server]:
+        """The servers; one that is started here starts with the snapshot `first`."""
+        if self._pool is None:
+            config, say = self._config, self._display.say
+            servers = await self._stack.enter_async_context(self._servers(first))
+            self._pool = Pool(servers, config.server.patience if config.server.urls else 0.0, say)
+        return self._pool
+
+    @contextlib.asynccontextmanager
+    async def _servers(self, first: Snapshot) -> AsyncIterator[list[Server]]:
+        from rlvr_landscape_plugin.serving.client import LandscapeClient
+        from rlvr_landscape_plugin.serving.launch import local_server
+        from rlvr_landscape_plugin.serving.protocol import TOKEN_VARIABLE, Sampling
+
+        config, say = self._config, self._display.say
+        sampling = Sampling(temperature=config.sampling.temperature, top_p=config.sampling.top_p)
+        async with contextlib.AsyncExitStack() as stack:
+            urls, log = list(config.server.urls), None
+            token = config.server.token or os.environ.get(TOKEN_VARIABLE, "")
+            if not urls:
+                name = "server.log" if config.shard is None else "server_{}of{}.log".format(*config.share)
+                log = Path(config.server.log or Path(config.output) / name)
+                say(f"starting a vLLM server for {first.path.name} (log: {log})")
+                roots = {snapshot.path for snapshot in self._snapshots}
+                folders = [*sorted(roots), Path(config.output).resolve() / DIRECTIONS_FOLDER]
+                local = await stack.enter_async_context(local_server(config.server, first.path, folders, log))
+                urls, token = [local.url], local.token
+            elif not token:
+                raise ServerError(f"server.urls needs the servers' token: set server.token or {TOKEN_VARIABLE}")
+            servers, absent = [], []
+            for url in urls:
+                client = LandscapeClient(url, token, timeout=config.server.request_timeout, sampling=sampling)
+                await stack.enter_async_context(client)
+                servers.append(Server(client, log=log))
+                try:
+                    servers[-1].facts = facts_to_keep(await client.info())
+                except ServerUnreachableError as error:
+                    absent.append(error)
+            if len(absent) == len(servers):
+                raise absent[0]
+            for error in absent:
+                say(f"{error}; starting without it, it may join later")
+            yield servers
+
+
+@contextlib.contextmanager
+def with_server_logs(servers: Sequence[Server]) -> Iterator[None]:
+    """Add the end of the server's log to an error of a server that this sweep started."""
+    from rlvr_landscape_plugin.serving.launch import tail
+
+    try:
+        yield
+    except ServerError as error:
+        logs = [server.log for server in servers if server.log is not None]
+        hint = "finished points are kept; the same command continues"
+        raise ServerError("\n".join([f"{error}; {hint}", *(tail(log) for log in logs)])) from error

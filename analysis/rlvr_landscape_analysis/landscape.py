@@ -187,14 +187,23 @@ def pass_at_k_cells(data: xr.Dataset, k: int, *, threshold: float | None = None)
         rollouts = data.sizes["rollout"]
     if not 1 <= k <= rollouts:
         raise AnalysisError(f"pass@{k} needs 1 ≤ k ≤ {rollouts}, the number of rollouts per prompt")
-    n, c = reduced["rollouts"].astype(np.float64), reduced["successes"].astype(np.float64)
-    miss = xr.ones_like(n)
-    # C(n−c, k)/C(n, k) as a product of k factors; a factor of zero or less ends it.
-    for i in range(k):
-        miss = miss * ((n - c - i).clip(min=0) / (n - i).clip(min=1))
-    cells = (1.0 - miss).where(n >= k)
+    n, c = reduced["rollouts"], reduced["successes"]
+    cells = xr.apply_ufunc(unbiased_pass_at_k, n, c, kwargs={"k": k}, dask="parallelized", output_dtypes=[np.float64])
     threshold_used = float(reduced.attrs["threshold"])
     return cells.rename(f"pass_at_{k}").assign_attrs(long_name=f"pass@{k}, reward >= {threshold_used:g}", units="1")
+
+
+def unbiased_pass_at_k(rollouts: np.ndarray, passed: np.ndarray, k: int) -> np.ndarray:
+    """1 − C(n − c, k) / C(n, k) for n `rollouts` of which c `passed`, float64; NaN where n < k.
+
+    Unbiased for the probability that one of k rollouts passes (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    """
+    n, c = np.asarray(rollouts, np.float64), np.asarray(passed, np.float64)
+    miss = np.ones(np.broadcast(n, c).shape)
+    # The ratio of binomials as a product of k factors; a factor of zero or less ends it.
+    for i in range(k):
+        miss *= np.clip(n - c - i, 0, None) / np.clip(n - i, 1, None)
+    return np.where(n >= k, 1.0 - miss, np.nan)
 
 
 def entropy(data: xr.Dataset, quantiles: Iterable[float] = (0.1, 0.5, 0.9)) -> xr.Dataset:

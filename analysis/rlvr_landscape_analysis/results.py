@@ -31,7 +31,13 @@ CONTROL_NAMES = {
     "shell": "within shells of equal radius",
     "radial": "radial null: shell means alone",
 }
-VERDICTS = ("supported", "not supported", "undecided at this sample size", "not measurable with these snapshots")
+SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
+UNDECIDED = "undecided at this sample size"
+NOT_MEASURABLE = "not measurable with these snapshots"
+VERDICTS = (SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURABLE)
+"""What a claim's verdict can be."""
+EARLY = 10
+"""Last step that counts as early (claim T2)."""
 
 
 @dataclass(frozen=True)

@@ -89,16 +89,13 @@ def batch_metrics(cells: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def pass_at_k(passed: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased pass@k per task from `passed` (task, rollout; bool), float64: 1 − C(n − c, k) / C(n, k).
+    """Unbiased pass@k per task from `passed` (task, rollout; bool), float64; ValueError unless 1 ≤ k ≤ rollouts."""
+    from rlvr_landscape_analysis.landscape import unbiased_pass_at_k
 
-    Chen et al. 2021, arXiv 2107.03374, in the product form. Raises ValueError unless 1 ≤ k ≤ n.
-    """
     n = passed.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} rollouts per task")
-    misses = n - passed.sum(axis=1)
-    factors = (misses[:, None] - np.arange(k)[None, :]) / (n - np.arange(k)[None, :])
-    return 1.0 - np.prod(np.maximum(factors, 0.0), axis=1)
+    return unbiased_pass_at_k(np.full(len(passed), n), passed.sum(axis=1), k)
 
 
 def evaluation_metrics(

@@ -23,10 +23,8 @@ from rlvr_landscape_analysis.figures.style import (
     styled,
 )
 from rlvr_landscape_analysis.figures.values import reward_label
-from rlvr_landscape_analysis.results import CONTROL_NAMES, PAIR_NAMES
+from rlvr_landscape_analysis.results import CONTROL_NAMES, EARLY, PAIR_NAMES
 
-EARLY = range(11)
-"""Steps of Fig. 3."""
 VALUE_NAMES = {
     "corrected": "corrected for sampling noise",
     "pearson": "Pearson, as measured",
@@ -76,7 +74,7 @@ def correlation_over_training(
 
 def early_correlation(correlations: xr.Dataset, **options: Any) -> dict[str, Any]:
     """`correlation_over_training` over steps 0–10 (SPEC Fig. 3), on a linear axis; the same options and artists."""
-    chosen: dict[str, Any] = {"steps": EARLY, **options}
+    chosen: dict[str, Any] = {"steps": range(EARLY + 1), **options}
     return correlation_over_training(correlations, **chosen)
 
 

@@ -33,7 +33,7 @@ from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.report.recipes import Key, Recipe, recipes
 from rlvr_landscape_analysis.report.table import NOT_DEFINED, WRITERS, Column, Table, write_tables, write_whole
 from rlvr_landscape_analysis.report.tables import all_tables
-from rlvr_landscape_analysis.results import Claim, RunAnalysis
+from rlvr_landscape_analysis.results import UNDECIDED, VERDICTS, Claim, RunAnalysis
 from rlvr_landscape_analysis.schema import PROMPTS_SHA256, SYNTHETIC, VERIFIER, landscape_file, paid_by
 
 INLINE_DPI = 150
@@ -399,13 +399,13 @@ def _warnings(analysis: RunAnalysis) -> Iterator[str]:
         )
 
 
+BADGES = dict(zip(VERDICTS, ("supported", "not-supported", "undecided", "not-measurable"), strict=True))
+"""Verdict → class of its badge in the style sheet."""
+
+
 def claim_html(claim: Claim, analysis: RunAnalysis) -> str:
     """One claim: verdict, sentence, rule, prompts."""
-    kind = claim.verdict.replace(" ", "-")
-    for short in ("not-supported", "supported", "undecided", "not-measurable"):
-        if kind.startswith(short):
-            kind = short
-            break
+    kind = BADGES[claim.verdict]
     facts = [("Rule", claim.rule)]
     if claim.prompts:
         facts.append(("Prompts used", f"{claim.prompts}"))
@@ -413,7 +413,7 @@ def claim_html(claim: Claim, analysis: RunAnalysis) -> str:
         facts.append(
             ("Prompts needed", f"about {_rounded(claim.prompts_needed)} would decide it, if the estimate stays")
         )
-    elif claim.verdict.startswith("undecided"):
+    elif claim.verdict == UNDECIDED:
         facts.append(("Prompts needed", "not known: no number follows from this estimate"))
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
     return (

@@ -21,7 +21,7 @@ from rlvr_landscape_analysis.report.table import (
     signed,
     signed3,
 )
-from rlvr_landscape_analysis.results import CONTROL_NAMES, PAIR_NAMES, RunAnalysis
+from rlvr_landscape_analysis.results import CONTROL_NAMES, NOT_MEASURABLE, PAIR_NAMES, UNDECIDED, RunAnalysis
 
 SHOWN_K = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -63,10 +63,9 @@ def claims_table(analysis: RunAnalysis) -> Table:
         ],
     )
     for claim in analysis.claims:
-        undecided = claim.verdict.startswith("undecided")
-        needed: Cell = "already decided" if not undecided else "not known"
-        if claim.verdict.startswith("not measurable"):
-            needed = "not a question of prompts"
+        needed: Cell = "already decided"
+        if claim.verdict in (UNDECIDED, NOT_MEASURABLE):
+            needed = "not known" if claim.verdict == UNDECIDED else "not a question of prompts"
         if claim.prompts_needed is not None:
             needed = Value(claim.prompts_needed)
         table.rows.append(

@@ -13,20 +13,20 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.results import CONTROL_NAMES, Claim
+from rlvr_landscape_analysis.results import (
+    CONTROL_NAMES,
+    EARLY,
+    NOT_MEASURABLE,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    UNDECIDED,
+    Claim,
+)
 from rlvr_landscape_analysis.statistics.resample import Bootstrap, centred_interval
 from rlvr_landscape_analysis.statistics.training import snapshot_z
 
 NEGLIGIBLE = 0.1
 """A correlation nearer to zero than this does not count as an effect; stated here, before any data."""
-EARLY = 10
-"""Last step that counts as early (claim T2)."""
-SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURABLE = (
-    "supported",
-    "not supported",
-    "undecided at this sample size",
-    "not measurable with these snapshots",
-)
 TITLES = {
     "T1": "High-reward policies concentrate near the checkpoint in KL",
     "T2": "The concentration appears early, within the first ten updates",

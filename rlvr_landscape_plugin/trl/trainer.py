@@ -39,23 +39,15 @@ with warnings.catch_warnings():
 from rlvr_landscape_plugin.config import ObjectiveConfig, TrainConfig
 from rlvr_landscape_plugin.objectives import Objective, ReferenceSchedule, configure, group_advantages
 from rlvr_landscape_plugin.trl.batch import TrainerBatch, batch_metrics, to_batch
+from rlvr_landscape_plugin.trl.logprobs import log_probability, mean_kl
 from rlvr_landscape_plugin.trl.optimizer import forget, make_optimizer
 from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
+from rlvr_landscape_plugin.trl.states import COMPLETE, complete_states
 
 REFERENCE = "reference"
 """Directory within a training state that holds the KL reference, where that one is ever reset."""
-COMPLETE = "COMPLETE"
-"""Marker of a training state that is whole: the last file to be written."""
 _DECAYS = {"none": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """`optimizer.decay` in the words of transformers' schedulers."""
-ROWS = 64
-"""Sequences in one pass through the model."""
-
-
-def complete_states(folder: Path) -> list[tuple[int, Path]]:
-    """(step, directory) of every whole training state in `folder`, by step."""
-    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*") if path.is_dir()]
-    return sorted((step, path) for step, path in found if (path / COMPLETE).is_file())
 
 
 @dataclass
@@ -93,52 +85,6 @@ class _Monitor:
     mask: torch.Tensor
     previous: torch.Tensor
     """log π of the policy before the coming update, (sequence, token), nat."""
-
-
-def mean_kl(samplers: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> float:
-    """KL(sampler ‖ other) per completion, nat: mean over sequences of Σ (r − 1 − log r) with r = π_other / π_sampler.
-
-    Estimator k3 on the sampler's own tokens: unbiased, never negative. Sequences without sampled tokens do not count.
-    """
-    log_ratio = torch.where(mask, others - samplers, 0.0).double()
-    sums = (torch.expm1(log_ratio) - log_ratio).sum(dim=1)
-    return float(sums[mask.any(dim=1)].mean())
-
-
-def log_probability(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π and, without gradient, the full distribution's entropy of every sampled token, (sequence, token), nat.
-
-    0 outside the mask. Only sampled tokens pass the output head, and rows pass the model a few at a time, the short
-    ones together: on a CPU with a small policy that takes under half the time of TRL's own pass over all completion
-    tokens, made for large vocabularies, and one long episode does not set the memory of all.
-    """
-    columns = [inputs[name] for name in ("input_ids", "attention_mask", "mask")]
-    order = torch.argsort(columns[1].sum(dim=1))
-    chunks = [_score(model, *(column[rows] for column in columns)) for rows in order.split(ROWS)]
-    back = torch.argsort(order)
-    logprobs, entropies = (torch.cat(column)[back] for column in zip(*chunks, strict=True))
-    return logprobs, entropies
-
-
-def _score(
-    model: Any, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log_probability` of a few rows in one pass, without the columns that are padding in all of them."""
-    prompt = ids.size(1) - mask.size(1)
-    used = attention.any(dim=0).nonzero()
-    first, last = int(used[0]), max(int(used[-1]) + 1, prompt + 1)
-    hidden = model.base_model(
-        input_ids=ids[:, first:last], attention_mask=attention[:, first:last], use_cache=False
-    ).last_hidden_state
-    seen = mask[:, : last - prompt]
-    # What stands before a token predicts it.
-    before = hidden[:, prompt - first - 1 : -1][seen]
-    chosen = torch.log_softmax(model.get_output_embeddings()(before).float(), dim=-1)
-    said = chosen.gather(1, ids[:, prompt:last][seen][:, None])[:, 0]
-    still = chosen.detach()
-    spread = -(still.exp() * still).sum(dim=1)
-    empty = torch.zeros(mask.shape, dtype=said.dtype)
-    return empty.masked_scatter(mask, said), empty.masked_scatter(mask, spread)
 
 
 class LandscapeGRPOTrainer(GRPOTrainer):

@@ -13,7 +13,7 @@ from scipy import stats
 
 from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.snapshot import open_snapshot
-from rlvr_landscape_plugin.trl.train import Run
+from rlvr_landscape_plugin.trl.run_directory import Run
 
 
 def write_run(folder, rng, steps=(0, 10, 20), tasks=40, gain=0.02):

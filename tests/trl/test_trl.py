@@ -23,7 +23,7 @@ from rlvr_landscape_plugin.errors import ConfigurationError, StoreError, Taskset
 from rlvr_landscape_plugin.snapshot import open_snapshot
 from rlvr_landscape_plugin.trl.__main__ import main
 from rlvr_landscape_plugin.trl.batch import batch_metrics, evaluation_metrics, pass_at_k, to_batch
-from rlvr_landscape_plugin.trl.train import Lines, Run, alone
+from rlvr_landscape_plugin.trl.run_directory import Lines, Run, alone
 
 ROOT = Path(__file__).parents[2]
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra train)")
@@ -204,11 +204,11 @@ def test_log_probabilities_equal_a_plain_forward_pass():
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rlvr_landscape_plugin.trl import trainer
+    from rlvr_landscape_plugin.trl import logprobs as scoring
 
     model = AutoModelForCausalLM.from_pretrained(str(open_snapshot("tiny-sorter").path), dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
-    rows, prompt, width = trainer.ROWS + 3, 5, 7
+    rows, prompt, width = scoring.ROWS + 3, 5, 7
     ids = torch.randint(0, 2000, (rows, prompt + width), generator=generator)
     columns = torch.arange(prompt + width)
     left, right = (torch.randint(0, most, (rows, 1), generator=generator) for most in (prompt, width))
@@ -218,7 +218,7 @@ def test_log_probabilities_equal_a_plain_forward_pass():
     mask = (torch.rand((rows, width), generator=generator) < 0.5) & attention[:, prompt:].bool()
     mask[1] = False
     inputs = {"input_ids": ids, "attention_mask": attention, "mask": mask}
-    logprobs, entropies = trainer.log_probability(model, inputs)
+    logprobs, entropies = scoring.log_probability(model, inputs)
     whole = torch.log_softmax(model(input_ids=ids, attention_mask=attention).logits[:, prompt - 1 : -1], dim=-1)
     expected = whole.gather(2, ids[:, prompt:, None])[..., 0]
     torch.testing.assert_close(logprobs, torch.where(mask, expected, 0.0))
@@ -235,7 +235,7 @@ def test_log_probabilities_equal_a_plain_forward_pass():
 def test_kl_is_zero_for_the_same_policy_and_counts_sequences_with_tokens_only():
     import torch
 
-    from rlvr_landscape_plugin.trl.trainer import mean_kl
+    from rlvr_landscape_plugin.trl.logprobs import mean_kl
 
     mask = torch.tensor([[True, True], [False, False], [True, False]])
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]])
@@ -320,7 +320,8 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlvr_landscape_plugin.trl.trainer import Hooks, complete_states, make_trainer
+    from rlvr_landscape_plugin.trl.states import complete_states
+    from rlvr_landscape_plugin.trl.trainer import Hooks, make_trainer
 
     config = TrainConfig.model_validate(
         {

@@ -1,0 +1,168 @@
+"""A run directory: identity, journals, snapshots, resume.
+
+    run.json            identity: run id, parent run, configuration, checksum of the starting policy
+    metrics.jsonl       one line per step
+    evaluations.jsonl   one line per held-out look
+    resets.jsonl        one line per reset of the KL reference, where [reference] asks for resets
+    snapshots/          step_<N>/, what sweeps measure
+    state/              checkpoint-<N>/, what a killed run continues from; the last two
+    server.log          the vLLM server's
+
+The same command continues a run that was killed; another configuration in the same directory is refused. Lines of steps
+after the state that a run continues from are dropped: those steps are trained again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rlvr_landscape_plugin.config import TrainConfig
+from rlvr_landscape_plugin.errors import StoreError
+from rlvr_landscape_plugin.schedule import parse_schedule
+from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, Snapshot, snapshot_name, write_snapshot
+
+WEIGHT_FILES = {"model.safetensors.index.json", MANIFEST}
+
+
+class Lines:
+    """A journal of JSON lines keyed by step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole line; a line that a kill cut short is passed over."""
+        if not self.path.is_file():
+            return []
+        lines = []
+        for text in self.path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return lines
+
+    def at(self, step: int) -> dict[str, Any] | None:
+        """The line of a step."""
+        return next((line for line in self.read() if line["step"] == step), None)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line and sync it."""
+        with self.path.open("a") as sink:
+            sink.write(json.dumps(line) + "\n")
+            sink.flush()
+            os.fsync(sink.fileno())
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines of later steps, and what is left of a line cut short."""
+        text = "".join(json.dumps(line) + "\n" for line in self.read() if line["step"] <= step)
+        _write(self.path, text)
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+class Run:
+    """The directory of one run."""
+
+    def __init__(self, config: TrainConfig, base: Snapshot) -> None:
+        self.config, self.base = config, base
+        self.root = config.output
+        self.metrics = Lines(self.root / "metrics.jsonl")
+        self.evaluations = Lines(self.root / "evaluations.jsonl")
+        self.resets = Lines(self.root / "resets.jsonl")
+        self.states = self.root / "state"
+        self.snapshots = self.root / "snapshots"
+        self.schedule = set(parse_schedule(config.snapshots))
+        self.identity = self._open()
+
+    def _open(self) -> dict[str, Any]:
+        wanted = {
+            "configuration": self.config.provenance(),
+            "policy_sha256": self.base.sha256,
+        }
+        file = self.root / "run.json"
+        if not file.is_file():
+            if self.root.is_dir() and any(self.root.iterdir()):
+                raise StoreError(f"{self.root} is not empty and no run; give output another directory")
+            self.root.mkdir(parents=True, exist_ok=True)
+            parent = self.base.manifest.run if self.base.manifest is not None else ""
+            identity = {"id": uuid.uuid4().hex, "parent_run": parent or None, **wanted}
+            _write(file, json.dumps(identity, indent=1) + "\n")
+            return identity
+        try:
+            stored = json.loads(file.read_text())
+            known = {key: stored[key] for key in ("id", "parent_run", *wanted)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{file} is damaged ({error!r}); give output another directory") from error
+        differing = _differences(known["configuration"], wanted["configuration"])
+        if known["policy_sha256"] != wanted["policy_sha256"]:
+            differing.append(f"the starting policy ({self.config.model}) has other bytes than before")
+        if differing:
+            raise StoreError(
+                f"{self.root} holds a run of another configuration: {'; '.join(differing)}; "
+                "give output another directory"
+            )
+        return known
+
+    def fill(self, save: Any, folder: Path) -> None:
+        """Put a policy into `folder`: weights from `save`, everything else byte for byte from the starting policy."""
+        save(folder)
+        for file in folder.iterdir():
+            if file.suffix != ".safetensors" and file.name not in WEIGHT_FILES:
+                file.unlink()
+        for file in self.base.path.iterdir():
+            if file.is_file() and file.suffix not in (".safetensors", ".md") and file.name not in WEIGHT_FILES:
+                shutil.copyfile(file, folder / file.name)
+
+    def snapshot(self, save: Any, step: int) -> Path | None:
+        """Write the snapshot of `step` if the schedule names it and it is not there yet."""
+        target = self.snapshots / snapshot_name(step)
+        if step not in self.schedule or target.exists():
+            return None
+        line = dict(self.metrics.at(step) or {})
+        look = dict(self.evaluations.at(step) or {})
+        look.pop("task_rewards", None)
+        manifest = Manifest(
+            step=step,
+            trainer={"name": "trl", "version": version("trl")},
+            run=self.identity["id"],
+            parent_run=self.identity["parent_run"],
+            configuration=self.config.provenance(),
+            objective=self.config.objective.model_dump(mode="json"),
+            metrics=line | ({"evaluation": look} if look else {}),
+        )
+        return write_snapshot(self.snapshots, manifest, lambda folder: self.fill(save, folder))
+
+
+def _differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return [
+            text
+            for key in sorted({*stored, *wanted})
+            for text in _differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if stored == wanted else [f"{path} was {stored!r}, is {wanted!r}"]
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Hold the run's directory; raises `StoreError` where another process trains in it. A killed one holds nothing."""
+    with (root / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(
+                f"another process is training in {root}; wait for it, or give output another one"
+            ) from error
+        yield

@@ -7,8 +7,9 @@ all that the statistics need.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,20 @@ import xarray as xr
 
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.schema import (
+    ERROR,
     GRID,
     GRID_JOURNAL,
     GRID_POINT_FILE,
     JOURNAL_FILE,
     LANDSCAPE_FILE,
+    OK,
     PER_TASK,
     POINTS_FOLDER,
     PROGRESSIVE,
     PROMPT,
     PROMPTS_SHA256,
     ROLLOUT,
+    TRUNCATED,
     paid_by,
 )
 
@@ -45,23 +49,56 @@ class RunFile:
     slice_seed: int
 
 
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever a damaged file makes netCDF and xarray raise inside becomes an `AnalysisError` that names `path`.
+
+    For everything that reads values too: a dataset is read when its values are asked for, long after it was opened.
+    """
+    try:
+        yield
+    except (AnalysisError, MemoryError, ImportError):
+        raise
+    except FileNotFoundError as error:
+        raise AnalysisError(f"{path} does not exist") from error
+    except Exception as error:  # HDF5, netCDF and xarray stumble over damage in many ways
+        raise AnalysisError(
+            f"{path} cannot be read as netCDF ({type(error).__name__}: {error}): it is damaged or no netCDF; "
+            "copy it again, or move it away and run the sweep's command again, which rebuilds it from its points"
+        ) from error
+
+
 def open_landscape(path: str | Path) -> xr.Dataset:
     """One dataset as the sweep wrote it, lazily.
 
     Raises `AnalysisError` naming file and variable when it is not a landscape.
     """
-    try:
+    with reading(path):
         data = xr.open_dataset(path, engine="netcdf4")
-    except FileNotFoundError as error:
-        raise AnalysisError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise AnalysisError(f"{path} cannot be read as netCDF: {error}; copy it again or rebuild it") from error
     try:
-        check_landscape(data, str(path))
+        with reading(path):
+            check_landscape(data, str(path))
     except AnalysisError:
         data.close()
         raise
     return data
+
+
+def check_values(data: xr.Dataset, where: str = "the dataset") -> None:
+    """Raise `AnalysisError` where values contradict what a sweep can have written: the sign of a damaged file.
+
+    Reads `reward` and `status` (of the points and of the base batch): flags are those of the schema, and a reward is
+    missing only where the rollout failed.
+    """
+    for status, reward in (("status", "reward"), ("base_status", "base_reward")):
+        if status not in data:
+            continue
+        flags = data[status].values
+        if not np.isin(flags, (OK, TRUNCATED, ERROR)).all():
+            raise AnalysisError(f"{where} is damaged: {status} has values other than {OK}, {TRUNCATED} and {ERROR}")
+        lost = int((data[reward].isnull().values & (flags != ERROR)).sum()) if reward in data else 0
+        if lost:
+            raise AnalysisError(f"{where} is damaged: {lost} values of {reward} are missing where no rollout failed")
 
 
 def check_landscape(data: xr.Dataset, where: str = "the dataset") -> None:
@@ -142,9 +179,11 @@ def open_run(
     ]
     if not files:
         raise AnalysisError(f"{path} holds no dataset of steps {wanted_steps} and slices {wanted_slices}")
-    opened = [xr.open_dataset(file.path, engine="netcdf4", chunks={}) for file in files]
-    for file, data in zip(files, opened, strict=True):
-        check_landscape(data, str(file.path))
+    opened = []
+    for file in files:
+        with reading(file.path):
+            opened.append(xr.open_dataset(file.path, engine="netcdf4", chunks={}))
+            check_landscape(opened[-1], str(file.path))
     check_same_design(opened, [str(file.path) for file in files], grids=True)
     by_step: dict[int, list[xr.Dataset]] = {}
     for data in opened:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.datasets import RunFile, check_same_design, list_run, open_landscape
+from rlvr_landscape_analysis.datasets import RunFile, check_same_design, check_values, list_run, open_landscape, reading
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import (
     pass_at_k,
@@ -102,7 +102,7 @@ def analyse_run(
 
 def _design(file: RunFile) -> xr.Dataset:
     """Names of the variables, coordinates of points and prompts, and the attributes that must agree."""
-    with open_landscape(file.path) as data:
+    with open_landscape(file.path) as data, reading(file.path):
         for name, value in (("step", file.step), ("slice_seed", file.slice_seed)):
             if name not in data.coords or int(data[name]) != value:
                 raise AnalysisError(f"{file.path}: its coordinate {name!r} does not agree with its name")
@@ -196,7 +196,8 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
     part = _Part()
     part.file = file
     where = f"step {file.step}, slice {file.slice_seed}"
-    with open_landscape(file.path) as data:
+    with open_landscape(file.path) as data, reading(file.path):
+        check_values(data, str(file.path))
         part.prompts, part.rollouts = data.sizes["prompt"], data.sizes["rollout"]
         reduced = per_prompt(data, threshold=threshold).load()
     for axis in GRID:

@@ -135,3 +135,33 @@ def test_grids_may_differ_between_snapshots_and_a_note_says_so(tmp_path):
     synthetic.write_run(tmp_path, steps=(1,), points=7, prompts=12)
     found = rla.analyse_run(tmp_path, bootstrap=QUICK)
     assert "grids differ" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.01), (0.2, 0.8), (0.02, 0.03)])
+def test_a_damaged_dataset_is_named(tmp_path, start, end):
+    path = synthetic.write_run(tmp_path, steps=(0, 1), points=5, prompts=16, rollouts=4)[1]
+    content = bytearray(path.read_bytes())
+    part = slice(int(start * len(content)), int(end * len(content)))
+    content[part] = bytes(255 - byte for byte in content[part])
+    path.write_bytes(content)
+    with pytest.raises(AnalysisError, match=rf"{path.name} cannot be read as netCDF .*copy it again"):
+        rla.analyse_run(tmp_path, bootstrap=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("status", 7, "status has values other than 0, 1 and 2"), ("reward", np.nan, "1 values of reward are missing")],
+)
+def test_values_that_no_sweep_writes_are_refused(tmp_path, name, value, message):
+    (path,) = synthetic.write_run(tmp_path, steps=(0,), points=5, prompts=16, rollouts=4)
+    with xr.open_dataset(path) as opened:
+        data = opened.load()
+    data["status"] = data["truncated"].astype("i1")
+    data["status"][0, 0, 3, 0] = 2
+    data["reward"][0, 0, 3, 0] = np.nan
+    data.to_netcdf(path)
+    rla.analyse_run(tmp_path, bootstrap=QUICK)
+    data[name][1, 2, 3, 0] = value
+    data.to_netcdf(path)
+    with pytest.raises(AnalysisError, match=f"{path.name} is damaged: {message}"):
+        rla.analyse_run(tmp_path, bootstrap=QUICK)

@@ -170,7 +170,7 @@ def test_token_surprisal_reads_the_journal(tmp_path):
     xr.Dataset({"other": ("x", [1.0])}).to_netcdf(tmp_path / "no.nc")
     with pytest.raises(AnalysisError, match="no log-probabilities per token"):
         rla.token_surprisal(tmp_path / "no.nc")
-    with pytest.raises(AnalysisError, match="cannot be read"):
+    with pytest.raises(AnalysisError, match=r"absent\.nc does not exist"):
         rla.token_surprisal(tmp_path / "absent.nc")
 
 

@@ -46,7 +46,12 @@ class Variable:
     attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Further netCDF attributes."""
     required: bool = True
-    """Whether a point or a base batch without it is refused."""
+    """Whether a point or a base batch without it is refused. One that is not required is a float, NaN where it is
+    missing. Every variable that is added later is of that sort, because journals without it are continued."""
+
+    def __post_init__(self) -> None:
+        if not self.required and not self.dtype.startswith("f"):
+            raise ValueError(f"{self.long_name}: dtype {self.dtype!r} cannot say that it is missing; use a float")
 
     def dims(self, point: tuple[str, ...], base_rollout: str = ROLLOUT) -> tuple[str, ...]:
         """Its dimensions where a point has the dimensions `point`; `base_rollout` names the checkpoint's rollouts."""

@@ -135,16 +135,17 @@ class _Writer:
                     if variable.required:
                         raise StoreError(f"{journal.root}: measured files have no variable {name!r}; another version?")
                     continue
-                long_name = notes.long_names.get(name, variable.long_name)
-                named = replace(variable, long_name=long_name, comment=notes.comments.get(name, variable.comment))
-                variables[name] = self._create(file, name, named)
+                variables[name] = self._create(file, name, self._annotated(name))
                 if not variable.of_point:
                     variables[name][:] = source[name].values
             for at, place in zip(np.ndindex(subset.shape), places, strict=True) if places else ():
                 point = journal.read_point(place, subset.prompts)
-                for name, target in variables.items():
-                    if SCHEMA[name].of_point:
-                        target[at] = point[name].values
+                for name, variable in SCHEMA.items():
+                    # Where points were written by different versions, an optional variable is missing at some of them.
+                    if variable.of_point and name in point:
+                        if name not in variables:
+                            variables[name] = self._create(file, name, self._annotated(name))
+                        variables[name][at] = point[name].values
             norm = replace(DISPLACEMENT_NORM, comment=notes.displacement_comment)
             self._create(file, "displacement_norm", norm, ())[...] = notes.displacement_norm
             if places:
@@ -160,6 +161,11 @@ class _Writer:
                     "history": f"{stamp} written by rlvr_landscape_plugin.sweep",
                 }
             )
+
+    def _annotated(self, name: str) -> Variable:
+        variable, notes = SCHEMA[name], self._notes
+        long_name = notes.long_names.get(name, variable.long_name)
+        return replace(variable, long_name=long_name, comment=notes.comments.get(name, variable.comment))
 
     def _coordinates(self, file: Any, sample: xr.Dataset) -> None:
         frame, indices = self._journal.frame, self._subset.indices

@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import pytest
 import xarray as xr
-from rlvr_landscape_analysis.schema import SCHEMA
+from rlvr_landscape_analysis.schema import SCHEMA, Variable
 
 from rlvr_landscape_plugin.designs.grid import grid_frame
 from rlvr_landscape_plugin.errors import StoreError
@@ -253,6 +253,29 @@ def test_steps_concatenate_with_concat_and_open_mfdataset(tmp_path):
 def test_points_and_the_base_batch_come_back_as_they_were_written(journal):
     xr.testing.assert_identical(journal.read_base().drop_attrs(), base_batch())
     xr.testing.assert_identical(journal.read_point((2, 1)).drop_attrs(), point(2, 1))
+
+
+def test_an_optional_variable_is_missing_at_points_that_were_written_without_it(tmp_path):
+    """So a variable can be added: a journal of an older version is continued with it."""
+    journal = journal_at(tmp_path / "run")
+    journal.write_base(base_batch())
+    later = {(0, 1), (2, 3)}
+    for cell in np.ndindex(len(ALPHAS), len(BETAS)):
+        values = point(*cell)
+        if cell in later:
+            values["format_failure"] = (CELL, np.full((PROMPTS, ROLLOUTS), 0.25))
+        journal.write_point(cell, values)
+    journal.write_recheck(recheck())
+    with xr.open_dataset(consolidate(journal, tmp_path / "landscape_step000000_slice0.nc", {})) as data:
+        assert data.format_failure.attrs["long_name"] == SCHEMA["format_failure"].long_name
+        for i, j in np.ndindex(len(ALPHAS), len(BETAS)):
+            here = data.format_failure.isel(alpha=i, beta=j).values
+            assert (here == 0.25).all() if (i, j) in later else np.isnan(here).all()
+
+
+def test_an_optional_variable_can_say_that_it_is_missing():
+    with pytest.raises(ValueError, match="longest turn: dtype 'i4' cannot say that it is missing; use a float"):
+        Variable("rollout", "i4", "token", "longest turn", required=False)
 
 
 def test_the_first_writer_wins(journal):

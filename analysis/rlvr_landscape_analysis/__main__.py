@@ -65,7 +65,10 @@ def _run(arguments: argparse.Namespace) -> None:
     for claim in analysis.claims:
         print(f"{claim.name} {claim.verdict}: {claim.sentence}")
         if claim.prompts_needed is not None:
-            print(f"   About {claim.prompts_needed} prompts would decide it, if the estimate stays.")
+            wanted = f"{claim.prompts_needed} prompts"
+            if claim.directions_needed is not None:
+                wanted = f"{claim.directions_needed} directions with {wanted} each"
+            print(f"   About {wanted} would decide it, if the estimate stays.")
     print(f"report {written[0]}")
 
 

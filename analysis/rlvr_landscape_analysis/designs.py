@@ -141,7 +141,8 @@ def census_points(
     """Censuses of one run as arrays, on the prompts (and, if paired, the directions) that all of them have.
 
     A direction with more than half of its values missing at some point is left out, then a prompt that is missing at
-    any remaining point. `run` tells runs apart whose directions have nothing in common. Raises `AnalysisError` where
+    any remaining point. Directions are the same where the datasets' `directions_fingerprint` agrees (fresh ones: at the
+    same step); datasets without it are told apart by `run`. Raises `AnalysisError` where
     nothing is left or the datasets do not belong together.
     """
     datasets = list(censuses)
@@ -197,7 +198,12 @@ def census_points(
                 length=np.where(np.isfinite(relative), relative, nominal),
                 values={name: np.ascontiguousarray(own[:, pairs][..., prompts]) for name, own in arrays.items()},
                 base=base[prompts],
-                directions_key=("directions", run, "paired" if paired else step, pairs.tobytes()),
+                directions_key=(
+                    "directions",
+                    str(data.attrs.get("directions_fingerprint", run)),
+                    "paired" if paired else step,
+                    pairs.tobytes(),
+                ),
                 prompts_key=prompts_key,
                 all_directions=len(pairs),
                 all_prompts=len(prompts),

@@ -6,12 +6,17 @@ reason in words (`reason` variables, `RunAnalysis.notes`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xarray as xr
 
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
+
+if TYPE_CHECKING:
+    from rlvr_landscape_analysis.evidence import EvidenceAnalysis
 
 BOUNDS = ("low", "high")
 """Coordinate of dimension `bound`."""
@@ -33,7 +38,7 @@ CONTROL_NAMES = {
 }
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 UNDECIDED = "undecided at this sample size"
-NOT_MEASURABLE = "not measurable with these snapshots"
+NOT_MEASURABLE = "not measurable"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_MEASURABLE)
 """What a claim's verdict can be."""
 EARLY = 10
@@ -59,6 +64,16 @@ class Claim:
     prompts: int
     prompts_needed: int | None = None
     """Prompts that would decide it if the estimate stays; only when undecided."""
+    runs: int = 0
+    """Training runs that it rests on."""
+    directions: int = 0
+    """Random directions that it rests on, an antithetic pair being one; 0 where none is needed."""
+    directions_needed: int | None = None
+    """Directions that would decide it, together with `prompts_needed`."""
+    nearest: float = math.nan
+    """Shortest move that was measured, in displacements of the run; NaN where there is none."""
+    overturn: str = ""
+    """What would overturn the verdict, in words."""
 
 
 @dataclass
@@ -94,5 +109,9 @@ class RunAnalysis:
     slices: xr.Dataset | None
     """Agreement between slices of one snapshot, dims (step, pair, control, bound); None with one slice each."""
     claims: list[Claim]
+    ranges: dict[tuple[int, int], xr.Dataset] = field(default_factory=dict)
+    """(step, slice_seed) → the plain correlation at several ranges of the slice: see `ranges.plain_by_range`."""
+    evidence: EvidenceAnalysis | None = None
+    """Statistics of the censuses, paths and boundaries beside the slices; None where there are none."""
     notes: list[str] = field(default_factory=list)
     """What a reader must know: unfinished journals, points or prompts left out, quantities that are not defined."""

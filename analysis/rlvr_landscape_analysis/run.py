@@ -13,6 +13,7 @@ import xarray as xr
 
 from rlvr_landscape_analysis.datasets import RunFile, check_same_design, check_values, list_run, open_landscape, reading
 from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence, open_evidence
 from rlvr_landscape_analysis.landscape import (
     pass_at_k,
     per_prompt,
@@ -47,6 +48,7 @@ from rlvr_landscape_analysis.statistics.diagnostics import (
 )
 from rlvr_landscape_analysis.statistics.improvement import better_than_origin, improvement
 from rlvr_landscape_analysis.statistics.progressive import interpolated
+from rlvr_landscape_analysis.statistics.ranges import plain_by_range
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 from rlvr_landscape_analysis.statistics.training import (
     checkpoint_cells,
@@ -92,12 +94,13 @@ def analyse_run(
             f"Progressive sweeps stopped at {min(prompts)} to {max(prompts)} prompts, always the first ones. Snapshots "
             f"are compared prompt by prompt (exploitation index, crossing, two stages) on the first {min(prompts)}."
         )
+    beside = open_evidence(path, steps=None if steps is None else set(steps))
     parts: list[_Part] = []
     for file, grid in zip(files, _grids(files, designs, notes), strict=True):
         if progress:
             progress(f"step {file.step}, slice {file.slice_seed}")
         parts.append(_analyse(file, grid, settings, threshold, level, notes))
-    return _combine(Path(path), parts, settings, notes)
+    return _combine(Path(path), parts, beside, settings, threshold, level, notes)
 
 
 def _design(file: RunFile) -> xr.Dataset:
@@ -190,6 +193,7 @@ class _Part:
     checkpoint: dict[str, np.ndarray]
     origin: xr.Dataset
     surprisal: xr.Dataset | None
+    ranges: xr.Dataset
 
 
 def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, level: float, notes: list[str]) -> _Part:
@@ -212,6 +216,7 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
         notes.append(f"{where}: {failed:.2%} of the rollouts failed and are left out of their prompt's mean.")
     try:
         part.correlations = _correlations(reduced, grid, settings, where, notes)
+        part.ranges = plain_by_range(reduced, bootstrap=settings)
         part.improvement = improvement(reduced, bootstrap=settings, level=level)
         fits = [quadratic_fit(reduced, variable=name, bootstrap=settings) for name in ("reward", "kl_k1")]
         part.checkpoint = checkpoint_cells(reduced, part.rollouts)
@@ -279,7 +284,15 @@ def _profile(reduced: xr.Dataset) -> xr.Dataset:
     return xr.Dataset(variables | {"points": found["reward"]["points"]}, attrs=paid)
 
 
-def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[str]) -> RunAnalysis:
+def _combine(
+    path: Path,
+    parts: list[_Part],
+    beside: RunEvidence,
+    settings: Bootstrap,
+    threshold: float,
+    fdr: float,
+    notes: list[str],
+) -> RunAnalysis:
     keys = [(part.file.step, part.file.slice_seed) for part in parts]
     tables = _stack({key: part.correlations for key, part in zip(keys, parts, strict=True)})
     gains = _stack({key: part.improvement for key, part in zip(keys, parts, strict=True)})
@@ -304,7 +317,13 @@ def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[st
     if mode != VERIFIER:
         curves.attrs[REWARD_MODE] = mode
         notes.append(f"Every reward is a control: {mode}, not the verifier's (reward_mode of the taskset).")
-    claims = all_claims(tables, exploitation, gains, settings)
+    ranges = {key: part.ranges for key, part in zip(keys, parts, strict=True)}
+    passing = None if threshold == SOLVED else threshold
+    evidence = analyse_evidence(beside, bootstrap=settings, threshold=passing, fdr=fdr) if beside else None
+    if evidence is not None:
+        notes += evidence.notes
+    found_in = [evidence] if evidence is not None else []
+    claims = all_claims([beside], settings=settings, threshold=passing, ranges=ranges, analyses=found_in)
     return RunAnalysis(
         path=path,
         bootstrap=settings,
@@ -319,6 +338,8 @@ def _combine(path: Path, parts: list[_Part], settings: Bootstrap, notes: list[st
         diagnostics=_diagnostics(first_slice, steps, curves, settings, k),
         slices=slice_agreement(tables, settings.level),
         claims=claims,
+        ranges=ranges,
+        evidence=evidence,
         notes=notes,
     )
 

@@ -233,7 +233,7 @@ def _diagnostics(make: _Maker, steps: tuple[int, ...], defined: bool) -> dict[st
             make.bounded("pass_at_k", 0.4, ("step", "k"), (len(steps), K)), axis | bound | {"k": ks}
         ),
         "two_stage": xr.Dataset(
-            {name: ((), np.nan) for name in ("before", "after", "bend", "explained")}
+            {name: ((), np.nan) for name in ("before", "after", "bend", "explained", "flat_p")}
             | {f"{name}_interval": ("bound", np.full(2, np.nan)) for name in ("before", "after")}
             | {"stage": ((), "undecided"), "reason": ((), f"five snapshots are needed, there are {len(steps)}")}
             | {"prompts": ((), 64)},
@@ -284,7 +284,7 @@ def _claims(defined: bool) -> list[Claim]:
     if not defined:
         hole = (np.nan, np.nan)
         why = f"This run cannot answer it: {NASTY}."
-        verdict = "not measurable with these snapshots"
+        verdict = "not measurable"
         undecided = "undecided at this sample size"
         return [
             Claim("T1", "A title", undecided, "Nothing can be said yet: only 5 prompts.", "A rule.", np.nan, hole, 5),

@@ -145,7 +145,7 @@ def test_claims_come_first_and_say_all(full, tmp_path, few):
     assert order == sorted(order)
     badges = [attrs["class"] for _, attrs in page.tags if "badge" in (attrs.get("class") or "")]
     assert badges == ["badge supported", "badge undecided", "badge not-supported"]
-    assert "about 12\u202f000 would decide it" in text
+    assert "about 12\u202f000 prompts, if the estimate stays" in text
     assert "90%" in text  # the level of this analysis
     holes = Page(full / "report.html")
     badges = [attrs["class"] for _, attrs in holes.tags if "badge" in (attrs.get("class") or "")]

@@ -7,7 +7,6 @@ import pytest
 import rlvr_landscape_analysis as rla
 import xarray as xr
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic
-from rlvr_landscape_analysis.statistics.claims import NOT_MEASURABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED, decide
 from rlvr_landscape_analysis.statistics.training import change_point, exploitation_index, slice_agreement, trend
 from scipy import stats
 from scipy.optimize import curve_fit
@@ -185,63 +184,3 @@ def test_slices_are_combined_by_fishers_z():
     assert float(found["mean"]) == pytest.approx(np.tanh(z.mean()))
     np.testing.assert_allclose(found["mean_interval"], np.tanh(t), rtol=1e-9)
     assert slice_agreement(table.isel(slice_seed=[0]), 0.95) is None
-
-
-@pytest.mark.parametrize(
-    ("interval", "verdict"),
-    [((-0.4, -0.2), SUPPORTED), ((-0.05, 0.3), NOT_SUPPORTED), ((-0.3, 0.1), UNDECIDED), ((0.1, 0.2), NOT_SUPPORTED)],
-)
-def test_verdicts_follow_their_rule(interval, verdict):
-    estimate = sum(interval) / 2
-    found, needed = decide(estimate, interval, 100, supports_below=0.0, refutes_above=-0.1)
-    assert found == verdict
-    assert (needed is not None) == (verdict == UNDECIDED)
-
-
-def test_the_number_of_prompts_that_would_decide():
-    # Half-width 0.2 at 100 prompts, estimate −0.1: 0.1 is needed for the upper end, so four times as many.
-    assert decide(-0.1, (-0.3, 0.1), 100, supports_below=0.0, refutes_above=-0.15)[1] == 400
-    # Estimate 0: cannot be supported; the lower end must rise from −0.2 to −0.1.
-    assert decide(0.0, (-0.2, 0.2), 100, supports_below=0.0, refutes_above=-0.1)[1] == 400
-    assert decide(np.nan, (np.nan, np.nan), 100, supports_below=0.0, refutes_above=-0.1) == (UNDECIDED, None)
-
-
-def run_of(shapes: dict[int, str], tmp_path, **options):
-    synthetic.write_run(tmp_path, steps=tuple(shapes), shape=shapes, **{"points": 9, "prompts": 200, **options})
-    return rla.analyse_run(tmp_path, bootstrap=QUICK)
-
-
-def test_claims_on_runs_whose_truth_is_known(tmp_path):
-    early = run_of({0: "tilt", 1: "kl", 10: "kl", 50: "kl"}, tmp_path / "early")
-    t1, t2, _ = early.claims
-    assert t1.verdict == SUPPORTED, t1.sentence
-    assert t2.verdict == SUPPORTED, t2.sentence
-    round_ = run_of({0: "radial", 1: "radial", 10: "radial", 50: "radial"}, tmp_path / "round")
-    t1, t2, _ = round_.claims
-    assert t1.verdict == NOT_SUPPORTED, t1.sentence
-    assert t2.verdict == NOT_SUPPORTED, t2.sentence
-    assert "radial null is −0.9" in t1.sentence
-    late = run_of({0: "tilt", 10: "tilt", 50: "kl"}, tmp_path / "late")
-    assert late.claims[1].verdict == NOT_SUPPORTED, late.claims[1].sentence
-    small = run_of({0: "tilt", 10: "tilt", 50: "tilt"}, tmp_path / "small", prompts=10, rollouts=1, points=5)
-    assert small.claims[0].verdict == UNDECIDED, small.claims[0].sentence
-    assert small.claims[0].prompts_needed > 10
-
-
-def test_claims_say_what_snapshots_are_missing(tmp_path):
-    alone = run_of({0: "mixed"}, tmp_path / "alone", prompts=16, points=5)
-    assert [claim.verdict for claim in alone.claims] == [NOT_MEASURABLE] * 3
-    assert "only snapshot 0" in alone.claims[0].sentence
-    assert "snapshot from step 1 to 10" in alone.claims[1].sentence
-    assert "two snapshots" in alone.claims[2].sentence
-
-
-def test_t3_follows_pass_at_k(tmp_path):
-    for name, lift in (("a", 0.0), ("b", 1.0)):
-        del name
-        synthetic.write_run(tmp_path, steps=(int(lift * 20),), points=3, prompts=300, rollouts=4, lift=lift)
-    found = rla.analyse_run(tmp_path, bootstrap=QUICK)
-    t3 = found.claims[2]
-    # A higher chance on every prompt raises pass@4 more than pass@1 here: coverage grew.
-    assert t3.verdict == NOT_SUPPORTED, t3.sentence
-    assert "From step 0 to step 20" in t3.sentence

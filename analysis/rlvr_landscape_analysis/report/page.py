@@ -35,6 +35,7 @@ from rlvr_landscape_analysis.report.table import NOT_DEFINED, WRITERS, Column, T
 from rlvr_landscape_analysis.report.tables import all_tables
 from rlvr_landscape_analysis.results import UNDECIDED, VERDICTS, Claim, RunAnalysis
 from rlvr_landscape_analysis.schema import PROMPTS_SHA256, SYNTHETIC, VERIFIER, landscape_file, paid_by
+from rlvr_landscape_analysis.statistics.claims import sampled
 
 INLINE_DPI = 150
 MAX_LANDSCAPES = 12
@@ -184,7 +185,7 @@ class _Page:
             warnings="\n".join(_warnings(analysis)),
             claims_intro=escape(
                 "Every verdict compares an interval with bounds that were stated beforehand. The plain correlation "
-                "never decides: it is negative for any landscape that falls off with distance."
+                "over a slice never decides: it follows the slice's range."
             ),
             claims="\n".join(claim_html(claim, analysis) for claim in analysis.claims) or "<p>No claim was tested.</p>",
             claims_files=_table_links("claims"),
@@ -399,7 +400,7 @@ def _warnings(analysis: RunAnalysis) -> Iterator[str]:
         )
 
 
-BADGES = dict(zip(VERDICTS, ("supported", "not-supported", "undecided", "not-measurable"), strict=True))
+BADGES: dict[str, str] = dict(zip(VERDICTS, ("supported", "not-supported", "undecided", "not-measurable"), strict=True))
 """Verdict → class of its badge in the style sheet."""
 
 
@@ -408,13 +409,16 @@ def claim_html(claim: Claim, analysis: RunAnalysis) -> str:
     kind = BADGES[claim.verdict]
     facts = [("Rule", claim.rule)]
     if claim.prompts:
-        facts.append(("Prompts used", f"{claim.prompts}"))
+        facts.append(("Sampled", sampled(claim)))
     if claim.prompts_needed is not None:
-        facts.append(
-            ("Prompts needed", f"about {_rounded(claim.prompts_needed)} would decide it, if the estimate stays")
-        )
+        wanted = f"about {_rounded(claim.prompts_needed)} prompts"
+        if claim.directions_needed is not None:
+            wanted = f"about {_rounded(claim.directions_needed)} directions with {wanted.removeprefix('about ')} each"
+        facts.append(("Would decide it", f"{wanted}, if the estimate stays"))
     elif claim.verdict == UNDECIDED:
-        facts.append(("Prompts needed", "not known: no number follows from this estimate"))
+        facts.append(("Would decide it", "not known: no number follows from this estimate"))
+    if claim.overturn:
+        facts.append(("Would overturn it", claim.overturn))
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
     return (
         f'<article class="claim" id="claim-{escape(claim.name)}">'

@@ -51,12 +51,15 @@ def claims_table(analysis: RunAnalysis) -> Table:
     table = Table(
         "claims",
         "Claims and verdicts",
-        f"Intervals at {analysis.bootstrap.level:.0%}. T1: contribution beyond the radius; T2: early change in "
-        "Fisher's z; T3: Δpass@k minus half of Δpass@1.",
+        f"Intervals at {analysis.bootstrap.level:.0%}. T1: correlation of KL and reward over random directions; "
+        "T2: its early change; T3: Δpass@k minus 0.4 of Δpass@1.",
         [Column("claim", "claim"), Column("title", "what it says", wide=True), Column("verdict", "verdict")],
         [
             Column("estimate", "estimate", signed3),
+            Column("runs", "runs", count),
+            Column("directions", "directions", count),
             Column("prompts", "prompts", count),
+            Column("directions_needed", "directions needed", count),
             Column("prompts_needed", "prompts needed", count),
             Column("sentence", "in words", wide=True),
             Column("rule", "rule", shown=False),
@@ -74,7 +77,10 @@ def claims_table(analysis: RunAnalysis) -> Table:
                 "title": claim.title,
                 "verdict": claim.verdict,
                 "estimate": Value(claim.estimate, *claim.interval, bounded=True, reason=claim.sentence),
+                "runs": Value(claim.runs),
+                "directions": Value(claim.directions),
                 "prompts": Value(claim.prompts),
+                "directions_needed": needed if claim.directions_needed is None else Value(claim.directions_needed),
                 "prompts_needed": needed,
                 "sentence": claim.sentence,
                 "rule": claim.rule,

@@ -305,7 +305,8 @@ def over_runs(estimates: Sequence[TwoWay]) -> tuple[float, float, float]:
     shared = 0.0
     for estimate in estimates:
         shared += float((estimate - mean).parts()[1]) / (runs * (runs - 1))
-    variance = max(between + prompts - shared, between, prompts)
+    # Runs that share directions as well (one step 0 for all, say) differ less than their own errors say.
+    variance = max(between + prompts - shared, between, float(mean.variance()))
     n = sum(len(own) - 1 for own in mean.prompts.values())
     freedom = (between + prompts) ** 2 / (between**2 / (runs - 1) + prompts**2 / max(n, 1)) if variance > 0 else 1.0
     return float(mean.value), variance, max(freedom, 1.0)

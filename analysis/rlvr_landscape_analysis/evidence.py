@@ -1,0 +1,153 @@
+"""The censuses, paths and boundaries of training runs: what the claims rest on, read and analysed together.
+
+A run's snapshots share their prompts, so the arrays of all of them are cut to what all have before anything is
+compared. Several runs of one objective stand side by side; a run whose rewards are not the verifier's is a control.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from rlvr_landscape_analysis.designs import CensusPoints, census_points, list_designs, open_design
+from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.schema import VERIFIER, paid_by
+from rlvr_landscape_analysis.statistics.boundary import boundary, boundary_change
+from rlvr_landscape_analysis.statistics.census import census
+from rlvr_landscape_analysis.statistics.path import path as path_statistics
+from rlvr_landscape_analysis.statistics.path import prompts_of
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
+
+
+@dataclass
+class RunEvidence:
+    """The datasets of one run, by step."""
+
+    name: str
+    censuses: dict[int, xr.Dataset] = field(default_factory=dict)
+    paths: dict[int, xr.Dataset] = field(default_factory=dict)
+    boundaries: dict[int, xr.Dataset] = field(default_factory=dict)
+
+    @property
+    def reward_mode(self) -> str:
+        """`verifier`, or what else paid the run. Raises `AnalysisError` where its datasets disagree."""
+        modes = {
+            paid_by(data.attrs) for group in (self.censuses, self.paths, self.boundaries) for data in group.values()
+        }
+        if len(modes) > 1:
+            raise AnalysisError(
+                f"{self.name}: its datasets were paid by different rewards ({', '.join(sorted(modes))})"
+            )
+        return modes.pop() if modes else VERIFIER
+
+    @property
+    def control(self) -> bool:
+        """Whether its rewards say nothing of the task."""
+        return self.reward_mode != VERIFIER
+
+    @cached_property
+    def points(self) -> dict[int, CensusPoints]:
+        """Step → the census as arrays, on the prompts that the run's censuses share."""
+        steps = sorted(self.censuses)
+        labels = [f"{self.name}, census of step {step}" for step in steps]
+        found = census_points([self.censuses[step] for step in steps], run=self.name, names=labels)
+        return dict(zip(steps, found, strict=True))
+
+    def __bool__(self) -> bool:
+        return bool(self.censuses or self.paths or self.boundaries)
+
+
+def open_evidence(path: str | Path, *, steps: set[int] | None = None, name: str = "") -> RunEvidence:
+    """The finished censuses, paths and boundaries in a directory, in memory; empty where there is none.
+
+    `steps` restricts the snapshots. Raises `AnalysisError` naming a file that is not what its name says.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise AnalysisError(f"{root} is not a directory; give the output directory of a sweep")
+    run = RunEvidence(name or root.name)
+    for design, group in (("census", run.censuses), ("path", run.paths), ("boundary", run.boundaries)):
+        for step, file in list_designs(root)[design].items():
+            if steps is not None and step not in steps:
+                continue
+            with open_design(file, design) as data:
+                if int(data["step"]) != step:
+                    raise AnalysisError(f"{file}: it was measured at step {int(data['step'])}, its name says {step}")
+                group[step] = data.load()
+    return run
+
+
+@dataclass
+class EvidenceAnalysis:
+    """The statistics of one run's censuses, paths and boundaries."""
+
+    name: str
+    census: dict[int, xr.Dataset]
+    """Step → `statistics.census.census`."""
+    path: dict[int, xr.Dataset]
+    """Step → `statistics.path.path`, against the census of the same step where there is one."""
+    boundary: dict[int, xr.Dataset]
+    """Step → `statistics.boundary.boundary`."""
+    change: dict[int, xr.Dataset]
+    """Step → `statistics.boundary.boundary_change` from the run's first boundary."""
+    notes: list[str] = field(default_factory=list)
+
+
+def analyse_evidence(
+    run: RunEvidence,
+    *,
+    bootstrap: Bootstrap | None = None,
+    threshold: float | None = None,
+    fdr: float = 0.05,
+) -> EvidenceAnalysis:
+    """All statistics of one run's censuses, paths and boundaries.
+
+    `threshold`: the reward that passes (default: as the sweep fixed it). A path whose prompts are not those of the
+    census of its step is analysed alone, and a note says so.
+    """
+    settings = bootstrap or Bootstrap()
+    confidence = settings.level
+    notes: list[str] = []
+    censuses = {
+        step: census(points, confidence=confidence, fdr=fdr, seed=settings.seed) for step, points in run.points.items()
+    }
+    for step, points in run.points.items():
+        if points.directions < points.all_directions or points.prompts < points.all_prompts:
+            notes.append(
+                f"{run.name}, census of step {step}: {points.all_directions - points.directions} directions and "
+                f"{points.all_prompts - points.prompts} prompts are missing somewhere and are left out."
+            )
+        shortest = float(np.nanmin(points.displacement)) if np.isfinite(points.displacement).any() else np.nan
+        if shortest > 1:
+            notes.append(
+                f"{run.name}, census of step {step}: its nearest policy lies {shortest:.3g} displacements of the run "
+                "away, further than training went."
+            )
+    paths = {}
+    for step, data in sorted(run.paths.items()):
+        around = run.points.get(step)
+        try:
+            kept = None if around is None else prompts_of(data, around)
+            paths[step] = path_statistics(data, around, census_kept=kept, confidence=confidence)
+        except AnalysisError as error:
+            if around is None:
+                raise
+            notes.append(f"{run.name}, path of step {step} is not compared with the census: {error}.")
+            paths[step] = path_statistics(data, confidence=confidence)
+    boundaries = {
+        step: boundary(data, threshold=threshold, confidence=confidence)
+        for step, data in sorted(run.boundaries.items())
+    }
+    first = min(run.boundaries, default=0)
+    changes = {
+        step: boundary_change(
+            run.boundaries[first], run.boundaries[step], threshold=threshold, confidence=confidence, bootstrap=settings
+        )
+        for step in sorted(run.boundaries)
+        if step != first
+    }
+    return EvidenceAnalysis(run.name, censuses, paths, boundaries, changes, notes)

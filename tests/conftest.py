@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_server import TOKEN as FAKE_TOKEN
+from fake_server import FakeServer
 
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.serving.client import LandscapeClient
@@ -98,6 +101,79 @@ def sweep(tmp_path: Path, server: LocalServer) -> Callable[..., subprocess.Compl
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def fake_server() -> Iterator[FakeServer]:
+    """The routes without vLLM, with a toy policy: sweeps of seconds."""
+    with FakeServer() as server:
+        yield server
+
+
+QUIZ = """
+snapshots = ["tiny-sorter"]
+[grid.alpha]
+min = -0.1
+max = 0.15
+points = 2
+[grid.beta]
+min = -0.05
+max = 0.1
+points = 4
+[env]
+id = "tiny-quiz"
+num_prompts = 4
+rollouts = 3
+[sampling]
+max_tokens = 12
+"""
+"""A small sweep for the fake server: 3 × 4 points, tasks that answer with a length."""
+HELPERS = Path(__file__).parent / "helpers"
+
+
+@pytest.fixture
+def sweep_command(tmp_path: Path) -> Callable[..., list[str]]:
+    """`sweep_command(server, "--seed", "1")`: the arguments of a small sweep on fake servers."""
+
+    def command(*given: FakeServer | str, config: str = QUIZ, output: Path | None = None) -> list[str]:
+        file = tmp_path / "sweep.toml"
+        file.write_text(config)
+        servers = [item.url for item in given if isinstance(item, FakeServer)]
+        arguments = ["@", str(file), "--output", str(output or tmp_path / "out"), "--server.token", FAKE_TOKEN]
+        arguments += ["--server.urls", json.dumps(servers), "--server.patience", "0"]
+        return arguments + [item for item in given if isinstance(item, str)]
+
+    return command
+
+
+@pytest.fixture
+def sweep_here(
+    sweep_command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Run a small sweep on fake servers in this process: `sweep_here(server, "--seed", "1")` → (exit code, output)."""
+    monkeypatch.syspath_prepend(str(HELPERS / "tasksets"))
+
+    def run(*given: FakeServer | str, **options: Any) -> tuple[int, str]:
+        from rlvr_landscape_plugin.sweep import main
+
+        capsys.readouterr()
+        code = main(sweep_command(*given, **options))
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def start_fake_sweep(command: list[str], module: str = "sweep") -> subprocess.Popen[str]:
+    """Start the command `sweep_command` in a process of its own, to be killed or interrupted."""
+    paths = [str(HELPERS), str(HELPERS / "tasksets"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, "-m", f"rlvr_landscape_plugin.{module}", *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 SMALL = """

@@ -27,6 +27,7 @@ from rlvr_landscape_plugin.directions import AXES, Trajectory
 from rlvr_landscape_plugin.display import Display
 from rlvr_landscape_plugin.errors import ConfigurationError, StoreError, run_cli
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
+from rlvr_landscape_plugin.snapshot.architecture import check_architecture
 from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
 from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, with_server_logs
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
@@ -234,27 +235,9 @@ def open_snapshots(config: SweepConfig) -> list[Snapshot]:
             )
         steps[snapshot.step] = snapshot.path
         compare_tensors(snapshots[0].shapes, snapshot, f"the first snapshot ({snapshots[0].path.name})")
-    _check_architecture(snapshots[0])
+    if reason := check_architecture(snapshots[0]):
+        logger.warning("cannot check the tensors of %s ahead of the server: %s", snapshots[0].path, reason)
     return snapshots
-
-
-def _check_architecture(snapshot: Snapshot) -> None:
-    """Compare the tensors on disk with those the architecture in config.json has, before a server is started."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(str(snapshot.path), local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError, KeyError) as error:
-        logger.warning("cannot check the tensors of %s ahead of the server: %s", snapshot.path, error)
-        return
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for tied in set(getattr(model, "_tied_weights_keys", None) or ()) - set(snapshot.tensors):
-        if getattr(config, "tie_word_embeddings", False):
-            expected.pop(tied, None)
-    compare_tensors(expected, snapshot, f"the architecture in its config.json ({config.architectures})")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -210,6 +210,19 @@ def test_differences_to_a_model_are_named(tmp_path):
             compare_tensors(expected, snapshot, "m")
 
 
+def test_the_architecture_in_config_json_decides_which_tensors_belong(tmp_path):
+    from rlvr_landscape_plugin.snapshot.architecture import check_architecture
+
+    assert check_architecture(open_snapshot("tiny-sorter")) is None
+    path = tmp_path / "stray"
+    shutil.copytree(SHIPPED["tiny-sorter"], path)
+    save_file(weights("lora_A"), path / "adapter.safetensors")
+    with pytest.raises(SnapshotError, match=r"'lora_A' in adapter\.safetensors is not part of the model"):
+        check_architecture(open_snapshot(path))
+    (path / "config.json").write_text("{}")
+    assert "model" in str(check_architecture(open_snapshot(path)))
+
+
 def test_copies_of_the_shipped_policy_are_the_same_policy(tmp_path):
     shutil.copytree(SHIPPED["tiny-sorter"], tmp_path / "step_000007")
     copy = open_snapshot(tmp_path / "step_000007")

@@ -111,17 +111,21 @@ class OptimizerConfig(StrictConfig):
 
 
 class EvaluationConfig(StrictConfig):
-    """The held-out look: the same tasks and sampling seeds every time."""
+    """Evaluation on held-out tasks: the same tasks and sampling seeds every time."""
 
     every: int = Field(default=10, ge=1)
     """Steps between two evaluations; there is one at step 0 and one at the last step."""
     num_tasks: int = Field(default=256, ge=2, le=MOST_EPISODES)
-    """The first so many tasks of the held-out task stream."""
+    """So many tasks of the held-out task stream, from `first_task` on."""
     rollouts: int = Field(default=16, ge=1, le=MOST_EPISODES)
     """Episodes per task; the largest k of pass@k."""
     taskset: dict[str, Any] = {"seed": 2001}
-    """Changes to `env.taskset`, table by table, that make the tasks others, such as another seed. Where training is
-    paid by a control (`task.reward_mode`), held-out tasks are paid by the verifier, unless this names a mode too."""
+    """Changes to `env.taskset`, table by table, that make the tasks others, such as another seed; `{}` for a taskset
+    that has no such option: held-out tasks are then later ones of the same stream. Where training is paid by a control
+    (`task.reward_mode`), held-out tasks are paid by the verifier, unless this names a mode too."""
+    first_task: int | None = Field(default=None, ge=0, le=MOST_EPISODES)
+    """Position of the first held-out task in its stream. Default: 0, or, where `taskset` leaves the tasks as they are,
+    `env.num_tasks`, the first task that is not practised."""
     threshold: float = 0.99
     """Reward from which an episode counts as passed."""
 
@@ -187,8 +191,8 @@ class TrainConfig(StrictConfig):
             )
         if self.reference is not None and not self.objective.options.get("kl_coefficient"):
             raise ValueError(
-                "[reference] resets what nothing looks at: set objective.options.kl_coefficient above 0, or leave the "
-                "table out"
+                "[reference] resets what the objective does not use: set objective.options.kl_coefficient above 0, or "
+                "leave the table out"
             )
         if self.server.urls:
             raise ValueError("server.urls must be empty: training starts a server of its own, whose weights it changes")
@@ -204,9 +208,25 @@ class TrainConfig(StrictConfig):
                 f"snapshots and state_every must fall on multiples of optimizer.updates_per_batch = {updates}, where a "
                 f"batch is used up and a run can continue; {off[0]} does not"
             )
-        if _drop_reward_mode(self.held_out_taskset) == _drop_reward_mode(self.env.taskset):
-            raise ValueError("evaluation.taskset changes nothing: the held-out tasks would be the practised ones")
+        if self._same_stream and self.first_held_out < self.env.num_tasks:
+            raise ValueError(
+                f"evaluation.first_task = {self.first_held_out} with evaluation.taskset = {self.evaluation.taskset}: "
+                "the held-out tasks would be the practised ones; leave first_task out, or set it to env.num_tasks = "
+                f"{self.env.num_tasks} or more"
+            )
         return self
+
+    @property
+    def _same_stream(self) -> bool:
+        """Whether held-out tasks come from the stream of tasks that are practised."""
+        return _drop_reward_mode(self.held_out_taskset) == _drop_reward_mode(self.env.taskset)
+
+    @property
+    def first_held_out(self) -> int:
+        """Position of the first held-out task in its stream."""
+        if self.evaluation.first_task is not None:
+            return self.evaluation.first_task
+        return self.env.num_tasks if self._same_stream else 0
 
     @property
     def held_out_taskset(self) -> dict[str, Any]:
@@ -225,6 +245,9 @@ class TrainConfig(StrictConfig):
         """What determines the run, JSON-able; what only concerns speed is left out, `steps` too without a decay."""
         data = self.model_dump(mode="json", exclude={"output", "steps", "threads", "dry_run", "server"})
         del data["env"]["max_concurrent"]
+        # Runs of before there was this option continue.
+        if self.evaluation.first_task is None:
+            del data["evaluation"]["first_task"]
         if self.optimizer.decay != "none":
             data["steps"] = self.steps
         return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}
@@ -249,15 +272,15 @@ def _drop_reward_mode(options: dict[str, Any]) -> dict[str, Any]:
 def train_report(config: TrainConfig) -> str:
     """The resolved configuration and an upper bound on what it costs."""
     steps = [step for step in parse_schedule(config.snapshots) if step <= config.steps]
-    looks = 1 + -(-config.steps // config.evaluation.every)
+    evaluations = 1 + -(-config.steps // config.evaluation.every)
     episodes = config.batch * -(-config.steps // config.optimizer.updates_per_batch)
-    held_out = looks * config.evaluation.num_tasks * config.evaluation.rollouts
+    held_out = evaluations * config.evaluation.num_tasks * config.evaluation.rollouts
     dump = config.model_dump(mode="json", exclude={"server": {"token"}})
     return "\n".join(
         [
             json.dumps(dump, indent=2),
             f"steps       {config.steps}, {config.batch // config.optimizer.updates_per_batch} episodes each",
-            f"episodes    {episodes:,} of training, {held_out:,} held out in {looks} evaluations",
+            f"episodes    {episodes:,} of training, {held_out:,} held out in {evaluations} evaluations",
             f"snapshots   {len(steps)}: {', '.join(map(str, steps))}",
             f"output      {config.output}",
         ]

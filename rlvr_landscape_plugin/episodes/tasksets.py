@@ -108,7 +108,7 @@ def load_tasks(env: vf.Env, count: int, runtime: bool = False) -> list[vf.Task]:
     if not tasks:
         raise TasksetError(f"{name} is empty: it yields no task with these options")
     if len(tasks) < count:
-        raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower env.num_prompts")
+        raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower {key}")
     pays = _may_pay(env)
     for index, task in enumerate(tasks):
         if problems := unfit(task, runtime):

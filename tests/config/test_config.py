@@ -290,6 +290,24 @@ def test_held_out_tasks_are_paid_by_the_verifier_unless_asked(task, evaluation, 
 
 
 @pytest.mark.parametrize("evaluation", [{"seed": 7}, {}, {"task": {"reward_mode": "verifier"}}])
-def test_other_rewards_alone_do_not_make_tasks_held_out(evaluation):
-    with pytest.raises(ValueError, match="the held-out tasks would be the practised ones"):
-        train_config({"reward_mode": "random"}, evaluation)
+def test_from_one_stream_later_tasks_are_held_out(evaluation):
+    """Other rewards alone do not make other tasks."""
+    config = train_config({"reward_mode": "random"}, evaluation)
+    assert config.first_held_out == config.env.num_tasks == 4096
+    data = config.model_dump()
+    data["evaluation"]["first_task"] = 4095
+    with pytest.raises(ValueError, match=r"first_task = 4095 .*held-out tasks would be the practised ones; .* 4096 or"):
+        TrainConfig.model_validate(data)
+    data["evaluation"]["first_task"] = 5000
+    assert TrainConfig.model_validate(data).first_held_out == 5000
+
+
+def test_another_stream_is_held_out_from_its_first_task():
+    config = train_config(None, {"seed": 8})
+    assert config.first_held_out == 0
+    assert "first_task" not in config.provenance()["evaluation"], "runs of earlier versions continue"
+    data = config.model_dump()
+    data["evaluation"]["first_task"] = 10
+    moved = TrainConfig.model_validate(data)
+    assert moved.first_held_out == 10
+    assert moved.provenance()["evaluation"]["first_task"] == 10

@@ -175,7 +175,7 @@ def test_one_process_trains_in_a_directory(tmp_path):
         (["--env.num-tasks", "8"], "raise num_tasks"),
         (["--objective.name", "gppo"], "did you mean"),
         (["--objective.options", '{"clip_hihg": 0.3}'], "clip_high"),
-        (["--evaluation.taskset", "{}"], "held-out tasks would be the practised ones"),
+        (["--evaluation.taskset", "{}", "--evaluation.first-task", "9"], "tasks would be the practised ones"),
         (["--optimiser.lr", "1"], "unknown key 'optimiser'; did you mean 'optimizer'"),
     ],
 )
@@ -436,7 +436,7 @@ def test_a_reset_makes_the_policy_its_own_reference_and_forgets_the_moments(tmp_
 
 @pytest.mark.parametrize(
     ("reference", "options", "message"),
-    [({}, {"kl_coefficient": 0.1}, "never resets"), ({"every": 3}, {}, "resets what nothing looks at")],
+    [({}, {"kl_coefficient": 0.1}, "never resets"), ({"every": 3}, {}, "resets what the objective does not use")],
 )
 def test_resets_that_would_do_nothing_are_refused(reference, options, message):
     with pytest.raises(ValueError, match=message):

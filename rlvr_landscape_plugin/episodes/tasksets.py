@@ -95,10 +95,11 @@ def role_config(env: vf.Env) -> vf.AgentConfig:
     return config
 
 
-def load_tasks(env: vf.Env, count: int, runtime: bool = False) -> list[vf.Task]:
+def load_tasks(env: vf.Env, count: int, runtime: bool = False, option: str = "env.num_prompts") -> list[vf.Task]:
     """The first `count` tasks, each checked. Raises `TasksetError` when there are fewer, none, or one is unfit.
 
-    `runtime`: whether episodes get a subprocess runtime where a task needs one.
+    `runtime`: whether episodes get a subprocess runtime where a task needs one. `option`: where `count` comes from, for
+    the message.
     """
     name = type(env.taskset).__name__
     try:
@@ -108,7 +109,7 @@ def load_tasks(env: vf.Env, count: int, runtime: bool = False) -> list[vf.Task]:
     if not tasks:
         raise TasksetError(f"{name} is empty: it yields no task with these options")
     if len(tasks) < count:
-        raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower {key}")
+        raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower {option}")
     pays = _may_pay(env)
     for index, task in enumerate(tasks):
         if problems := unfit(task, runtime):

@@ -6,11 +6,15 @@ TRL owns the loop (batches of groups, gradient, optimizer, checkpoints); everyth
 from here, so that a landscape is measured around a policy that was trained by the same verifier, the same sampler and
 the same objective:
 
-    server.py     the vLLM server that samples, and how new weights get there
-    batch.py      episodes → the columns that TRL's rollout function returns
-    trainer.py    the GRPOTrainer with the objective of objectives.py, metrics per step, states and snapshots
-    optimizer.py  Muon for matrices, AdamW for the rest, as one optimizer
-    run.py        the run directory: identity, journals, resume
+    train.py          a command's share of a run: start, continue, evaluate, keep snapshots
+    run_directory.py  identity, journals, snapshots, resume
+    states.py         training states, whole only with their marker
+    server.py         the vLLM server that samples, and how new weights get there
+    batch.py          episodes → the columns that TRL's rollout function returns, and metrics
+    trainer.py        the GRPOTrainer with the objective of objectives.py, metrics per step
+    logprobs.py       log-probabilities of sampled tokens, and KL divergences
+    reference.py      the KL reference and its resets
+    optimizer.py      Muon for matrices, AdamW for the rest, as one optimizer
 
 Inside this package `import trl` is the library; nothing here shadows it. Importing the package itself costs nothing.
 """

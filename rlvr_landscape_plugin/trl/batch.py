@@ -32,15 +32,15 @@ class TrainerBatch:
     """float64 (task, rollout); NaN where the episode failed."""
 
 
-def to_batch(cells: Sequence[Sequence[Rollout]], filler: int) -> TrainerBatch:
-    """The batch of `cells[task][rollout]`.
+def to_batch(groups: Sequence[Sequence[Rollout]], filler: int) -> TrainerBatch:
+    """The batch of `groups[task][rollout]`.
 
     An episode that failed before the policy spoke still needs its row: one token `filler`, masked out. Raises
     `TasksetError` for an episode that branched into several sequences, which one completion cannot hold.
     """
-    rows = [_row(rollout, filler) for group in cells for rollout in group]
+    rows = [_row(rollout, filler) for group in groups for rollout in group]
     prompt_ids, completion_ids, env_mask, logprobs = (list(column) for column in zip(*rows, strict=True))
-    rewards = np.array([[rollout.reward for rollout in group] for group in cells], dtype=np.float64)
+    rewards = np.array([[rollout.reward for rollout in group] for group in groups], dtype=np.float64)
     return TrainerBatch(prompt_ids, completion_ids, env_mask, logprobs, rewards)
 
 
@@ -68,11 +68,11 @@ def _row(rollout: Rollout, filler: int) -> tuple[list[int], list[int], list[int]
     )
 
 
-def batch_metrics(cells: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+def batch_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """What the sampler saw: `reward` and its standard deviation over all episodes and, as `signal`, the share of groups
     whose rewards differ; `response_tokens` per episode; shares of `truncated` and `failed` episodes."""
-    rewards = np.array([[rollout.reward for rollout in group] for group in cells], dtype=np.float64)
-    flat = [rollout for group in cells for rollout in group]
+    rewards = np.array([[rollout.reward for rollout in group] for group in groups], dtype=np.float64)
+    flat = [rollout for group in groups for rollout in group]
     seen = np.isfinite(rewards)
     if not seen.any():
         first = next((rollout.error for rollout in flat if rollout.error), "no reason given")
@@ -99,14 +99,14 @@ def pass_at_k(passed: np.ndarray, k: int) -> np.ndarray:
 
 
 def evaluation_metrics(
-    cells: Sequence[Sequence[Rollout]], threshold: float, start: Sequence[float | None] | None
+    groups: Sequence[Sequence[Rollout]], threshold: float, start: Sequence[float | None] | None
 ) -> dict[str, Any]:
-    """The held-out look: `reward` with its standard error over tasks, pass@1 and pass@n, entropy, length.
+    """An evaluation on held-out tasks: `reward` with its standard error over tasks, pass@1 and pass@n, entropy, length.
 
     `task_rewards` are the means per task. Given those of step 0 as `start`, `gain` is the mean difference to them and
     `gain_se` its standard error, paired by task. A failed episode counts in no mean; a task without any is null.
     """
-    rewards = np.array([[rollout.reward for rollout in group] for group in cells], dtype=np.float64)
+    rewards = np.array([[rollout.reward for rollout in group] for group in groups], dtype=np.float64)
     seen = np.isfinite(rewards)
     if not seen.any():
         raise TasksetError("every held-out episode failed")
@@ -114,8 +114,8 @@ def evaluation_metrics(
     means = np.where(counts > 0, np.where(seen, rewards, 0).sum(axis=1) / np.maximum(counts, 1), np.nan)
     n = rewards.shape[1]
     passed = seen & (np.where(seen, rewards, -np.inf) >= threshold)
-    surprisal = np.concatenate([rollout.sampled_logprobs for group in cells for rollout in group])
-    flat = [rollout for group in cells for rollout in group]
+    surprisal = np.concatenate([rollout.sampled_logprobs for group in groups for rollout in group])
+    flat = [rollout for group in groups for rollout in group]
     result: dict[str, Any] = {
         "reward": float(np.nanmean(means)),
         "reward_se": _standard_error(means),

@@ -48,9 +48,9 @@ def _score(
     seen = mask[:, : last - prompt]
     # What stands before a token predicts it.
     before = hidden[:, prompt - first - 1 : -1][seen]
-    chosen = torch.log_softmax(model.get_output_embeddings()(before).float(), dim=-1)
-    said = chosen.gather(1, ids[:, prompt:last][seen][:, None])[:, 0]
-    still = chosen.detach()
-    spread = -(still.exp() * still).sum(dim=1)
-    empty = torch.zeros(mask.shape, dtype=said.dtype)
-    return empty.masked_scatter(mask, said), empty.masked_scatter(mask, spread)
+    log_policy = torch.log_softmax(model.get_output_embeddings()(before).float(), dim=-1)
+    sampled = log_policy.gather(1, ids[:, prompt:last][seen][:, None])[:, 0]
+    constant = log_policy.detach()
+    entropy = -(constant.exp() * constant).sum(dim=1)
+    empty = torch.zeros(mask.shape, dtype=sampled.dtype)
+    return empty.masked_scatter(mask, sampled), empty.masked_scatter(mask, entropy)

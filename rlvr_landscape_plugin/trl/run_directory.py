@@ -1,8 +1,8 @@
-"""A run directory: identity, journals, snapshots, resume.
+"""A run directory: identity, journals, snapshots, and what a killed run continues from.
 
     run.json            identity: run id, parent run, configuration, checksum of the starting policy
     metrics.jsonl       one line per step
-    evaluations.jsonl   one line per held-out look
+    evaluations.jsonl   one line per evaluation on held-out tasks
     resets.jsonl        one line per reset of the KL reference, where [reference] asks for resets
     snapshots/          step_<N>/, what sweeps measure
     state/              checkpoint-<N>/, what a killed run continues from; the last two
@@ -20,17 +20,24 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.errors import StoreError
+from rlvr_landscape_plugin.files import publish, replace_text, writing
 from rlvr_landscape_plugin.schedule import parse_schedule
 from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, Snapshot, snapshot_name, write_snapshot
+from rlvr_landscape_plugin.trl.states import STATES_ARE_SAFE, remove_incomplete
 
 WEIGHT_FILES = {"model.safetensors.index.json", MANIFEST}
+"""Files beside *.safetensors that belong to a policy's weights, not to its configuration and tokenizer."""
+Save = Callable[[Path], object]
+"""Writes a policy's weights into a directory."""
+Line = dict[str, Any]
+"""One line of a journal: its step, and values that JSON can hold."""
 
 
 class Lines:
@@ -39,7 +46,7 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Line]:
         """Every whole line; a line that a kill cut short is passed over."""
         if not self.path.is_file():
             return []
@@ -49,31 +56,28 @@ class Lines:
                 lines.append(json.loads(text))
         return lines
 
-    def at(self, step: int) -> dict[str, Any] | None:
+    def at(self, step: int) -> Line | None:
         """The line of a step."""
         return next((line for line in self.read() if line["step"] == step), None)
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line and sync it."""
-        with self.path.open("a") as sink:
+    def append(self, line: Line) -> None:
+        """Add a line and sync it. Raises `StoreError` for a disk that refuses."""
+        with writing(self.path, STATES_ARE_SAFE), self.path.open("a") as sink:
             sink.write(json.dumps(line) + "\n")
             sink.flush()
             os.fsync(sink.fileno())
 
     def keep_until(self, step: int) -> None:
         """Drop the lines of later steps, and what is left of a line cut short."""
+        if not self.path.is_file():
+            return
         text = "".join(json.dumps(line) + "\n" for line in self.read() if line["step"] <= step)
-        _write(self.path, text)
+        if text != self.path.read_text():
+            replace_text(self.path, [text], safe=STATES_ARE_SAFE)
 
 
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text)
-    os.replace(scratch, path)
-
-
-class Run:
-    """The directory of one run."""
+class RunDirectory:
+    """The directory of one run. Raises `StoreError` where it cannot be made or holds something else."""
 
     def __init__(self, config: TrainConfig, base: Snapshot) -> None:
         self.config, self.base = config, base
@@ -83,27 +87,28 @@ class Run:
         self.resets = Lines(self.root / "resets.jsonl")
         self.states = self.root / "state"
         self.snapshots = self.root / "snapshots"
+        self.scratch = self.root / "scratch"
+        self.log = config.server.log or self.root / "server.log"
         self.schedule = set(parse_schedule(config.snapshots))
         self.identity = self._open()
 
     def _open(self) -> dict[str, Any]:
+        """The identity that `run.json` holds, written first if there is none."""
         wanted = {
             "configuration": self.config.provenance(),
             "policy_sha256": self.base.sha256,
         }
         file = self.root / "run.json"
         if not file.is_file():
-            if self.root.is_dir() and any(self.root.iterdir()):
-                raise StoreError(f"{self.root} is not empty and no run; give output another directory")
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._check_empty()
             parent = self.base.manifest.run if self.base.manifest is not None else ""
             identity = {"id": uuid.uuid4().hex, "parent_run": parent or None, **wanted}
-            _write(file, json.dumps(identity, indent=1) + "\n")
-            return identity
+            text = json.dumps(identity, indent=1) + "\n"
+            publish(file, lambda scratch: scratch.write_text(text), safe="nothing was begun")
         try:
             stored = json.loads(file.read_text())
             known = {key: stored[key] for key in ("id", "parent_run", *wanted)}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise StoreError(f"{file} is damaged ({error!r}); give output another directory") from error
         differing = _differences(known["configuration"], wanted["configuration"])
         if known["policy_sha256"] != wanted["policy_sha256"]:
@@ -115,7 +120,33 @@ class Run:
             )
         return known
 
-    def fill(self, save: Any, folder: Path) -> None:
+    def _check_empty(self) -> None:
+        """Raise `StoreError` if the directory is none, or holds what is not of a run that was only begun."""
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"{self.root} is a file; output must be a directory")
+        try:
+            foreign = [item.name for item in self.root.iterdir()] if self.root.is_dir() else []
+        except OSError as error:
+            raise StoreError(f"{self.root} cannot be read: {error}; give output another directory") from error
+        # A kill or a full disk leaves a temporary file of run.json.
+        foreign = [name for name in foreign if not (name.startswith(".run.json.") and name.endswith(".tmp"))]
+        if foreign:
+            raise StoreError(
+                f"{self.root} is not empty and no run (it holds {foreign[0]}); give output another directory"
+            )
+
+    def rewind(self, step: int) -> None:
+        """Go back to the state of `step`: drop later lines, half-written states and snapshots, and old weights."""
+        for journal in (self.metrics, self.evaluations, self.resets):
+            journal.keep_until(step)
+        remove_incomplete(self.states)
+        for leftover in (*self.snapshots.glob(".step_*.tmp"), *self.root.glob(".*.jsonl.*.tmp"), self.scratch):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+    def fill(self, save: Save, folder: Path) -> None:
         """Put a policy into `folder`: weights from `save`, everything else byte for byte from the starting policy."""
         save(folder)
         for file in folder.iterdir():
@@ -125,14 +156,14 @@ class Run:
             if file.is_file() and file.suffix not in (".safetensors", ".md") and file.name not in WEIGHT_FILES:
                 shutil.copyfile(file, folder / file.name)
 
-    def snapshot(self, save: Any, step: int) -> Path | None:
+    def snapshot(self, save: Save, step: int) -> Path | None:
         """Write the snapshot of `step` if the schedule names it and it is not there yet."""
         target = self.snapshots / snapshot_name(step)
         if step not in self.schedule or target.exists():
             return None
         line = dict(self.metrics.at(step) or {})
-        look = dict(self.evaluations.at(step) or {})
-        look.pop("task_rewards", None)
+        evaluation = dict(self.evaluations.at(step) or {})
+        evaluation.pop("task_rewards", None)
         manifest = Manifest(
             step=step,
             trainer={"name": "trl", "version": version("trl")},
@@ -140,25 +171,17 @@ class Run:
             parent_run=self.identity["parent_run"],
             configuration=self.config.provenance(),
             objective=self.config.objective.model_dump(mode="json"),
-            metrics=line | ({"evaluation": look} if look else {}),
+            metrics=line | ({"evaluation": evaluation} if evaluation else {}),
         )
         return write_snapshot(self.snapshots, manifest, lambda folder: self.fill(save, folder))
-
-
-def _differences(stored: Any, wanted: Any, path: str = "") -> list[str]:
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        return [
-            text
-            for key in sorted({*stored, *wanted})
-            for text in _differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if stored == wanted else [f"{path} was {stored!r}, is {wanted!r}"]
 
 
 @contextlib.contextmanager
 def alone(root: Path) -> Iterator[None]:
     """Hold the run's directory; raises `StoreError` where another process trains in it. A killed one holds nothing."""
-    with (root / ".lock").open("w") as handle:
+    with contextlib.ExitStack() as stack:
+        with writing(root / ".lock", STATES_ARE_SAFE):
+            handle = stack.enter_context((root / ".lock").open("w"))
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -166,3 +189,14 @@ def alone(root: Path) -> Iterator[None]:
                 f"another process is training in {root}; wait for it, or give output another one"
             ) from error
         yield
+
+
+def _differences(stored: object, wanted: object, path: str = "") -> list[str]:
+    """One text per key, at any depth, whose value differs."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return [
+            text
+            for key in sorted({*stored, *wanted})
+            for text in _differences(stored.get(key), wanted.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if stored == wanted else [f"{path} was {stored!r}, is {wanted!r}"]

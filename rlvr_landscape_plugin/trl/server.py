@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,25 +26,49 @@ from rlvr_landscape_plugin.episodes import (
     open_environment,
     sampling_seed,
 )
-from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.errors import ServerError, TasksetError
+from rlvr_landscape_plugin.files import writing
 from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.serving.launch import local_server, tail
 from rlvr_landscape_plugin.snapshot import Snapshot, open_snapshot
+from rlvr_landscape_plugin.trl.run_directory import Save
+from rlvr_landscape_plugin.trl.states import STATES_ARE_SAFE
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
+    from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
-_STILL = SliceSpec(seed=0, exclude=("*",))
+_NOTHING_MOVES = SliceSpec(seed=0, exclude=("*",))
 """A slice in which nothing moves: only the weights are wanted, no directions."""
 
 
 class Practice:
-    """One taskset with its first tasks, to be played by the server's policy."""
+    """Some tasks of a taskset, to be played by the server's policy. Raises `TasksetError` with the option at fault."""
 
-    def __init__(self, env_id: str, taskset: dict[str, Any], count: int) -> None:
+    def __init__(self, env_id: str, taskset: Mapping[str, object], tasks: slice, option: str) -> None:
+        """`tasks`: which of the taskset's stream; `option`: where their number comes from, for messages."""
         self.env = open_environment(env_id, taskset)
-        self.tasks: list[vf.Task] = load_tasks(self.env, count)
+        self.tasks: list[vf.Task] = load_tasks(self.env, tasks.stop, option=option)[tasks]
+
+    @classmethod
+    def practised(cls, config: TrainConfig) -> Practice:
+        """The tasks that the policy learns from."""
+        return cls(config.env.id, config.env.taskset, slice(0, config.env.num_tasks), "env.num_tasks")
+
+    @classmethod
+    def held_out(cls, config: TrainConfig) -> Practice:
+        """The tasks of evaluations."""
+        first = config.first_held_out
+        tasks = slice(first, first + config.evaluation.num_tasks)
+        option = "evaluation.num_tasks" + (f", or env.num_tasks = {first} before them" if first else "")
+        try:
+            return cls(config.env.id, config.held_out_taskset, tasks, option)
+        except TasksetError as error:
+            raise TasksetError(
+                f"held-out tasks (env.taskset changed by evaluation.taskset = {config.evaluation.taskset}): {error}; "
+                "evaluation.taskset = {} evaluates on later tasks of the stream that is practised"
+            ) from error
 
 
 class PolicyServer:
@@ -81,7 +105,7 @@ class PolicyServer:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's own tokenizer."""
         return self._chat.tokenizer
 
@@ -98,7 +122,8 @@ class PolicyServer:
             raise
 
     async def _start(self) -> None:
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        with writing(self._scratch, STATES_ARE_SAFE):
+            self._scratch.mkdir(parents=True, exist_ok=True)
         config = self._config.server
         roots = [self._base.path, self._scratch.resolve()]
         local = await self._stack.enter_async_context(local_server(config, self._base.path, roots, self._log))
@@ -106,7 +131,7 @@ class PolicyServer:
         self._client = await self._stack.enter_async_context(client)
         self._max_model_len = int((await self._client.info())["max_model_len"])
 
-    def push(self, save: Callable[[Path], None], step: int) -> None:
+    def push(self, save: Save, step: int) -> None:
         """Give the server the weights that `save` writes, unless it holds those of `step` already.
 
         The server must report the checksum of the files just written; every later sampling call names the weight
@@ -116,15 +141,16 @@ class PolicyServer:
             return
         self.held = None
         folder = self._scratch / "policy"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        save(folder)
+        with writing(folder, STATES_ARE_SAFE):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            save(folder)
         expected = open_snapshot(folder).sha256
         self._wait(self._take(folder, expected))
         self.held = step
 
     async def _take(self, folder: Path, expected: str) -> None:
-        facts = await self._client.load(str(folder.resolve()), _STILL.as_dict())
+        facts = await self._client.load(str(folder.resolve()), _NOTHING_MOVES.as_dict())
         if facts["snapshot_sha256"] != expected:
             raise ServerError(f"{self._client.url} read other weights from {folder} than were written there")
         await self._client.move(0.0, 0.0)

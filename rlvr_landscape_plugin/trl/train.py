@@ -2,167 +2,140 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlvr_landscape_plugin.config import TrainConfig
-from rlvr_landscape_plugin.snapshot import open_snapshot
+from rlvr_landscape_plugin.display import TrainingDisplay
+from rlvr_landscape_plugin.errors import SnapshotError
+from rlvr_landscape_plugin.snapshot import Snapshot, open_snapshot
 from rlvr_landscape_plugin.trl.batch import evaluation_metrics
-from rlvr_landscape_plugin.trl.run_directory import WEIGHT_FILES, Run, alone
+from rlvr_landscape_plugin.trl.run_directory import WEIGHT_FILES, RunDirectory, Save, alone
+from rlvr_landscape_plugin.trl.states import complete_states
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-class Display:
-    """Progress on stderr: a bar on a terminal, one line per step elsewhere."""
-
-    def __init__(self, steps: int, batch: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=steps, note="")
-        self._batch, self._episodes, self._last = batch, 0, ""
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """One line above the bar."""
-        self._console.print(text, markup=False)
-
-    def start(self, step: int) -> None:
-        """Where the run continues."""
-        self._bar.update(self._task, completed=step)
-
-    def episode(self) -> None:
-        """An episode finished."""
-        self._episodes += 1
-        self._bar.update(self._task, note=f"{self._last}  {self._episodes}/{self._batch} episodes")
-
-    def step(self, step: int, record: dict[str, Any]) -> None:
-        """A step finished."""
-        self._episodes = 0
-        self._last = (
-            f"reward {record['reward']:.3f}  entropy {record['entropy']:.3f} nat  "
-            f"KL from base {record['kl_base']:.3f} nat"
-        )
-        self._bar.update(self._task, completed=step, note=self._last)
-        if not self._console.is_terminal:
-            self.say(f"step {step}  {self._last}  {record['seconds']:.1f} s")
+    from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
+    from rlvr_landscape_plugin.trl.trainer import LandscapeGRPOTrainer
 
 
 def train(config: TrainConfig) -> None:
     """Train from the last complete state, or from the start, to `config.steps`."""
-    base = open_snapshot(config.model)
-    run = Run(config, base)
-    with alone(run.root), Display(config.steps, config.batch) as display:
-        _train(config, run, display)
+    run = RunDirectory(config, open_snapshot(config.model))
+    with alone(run.root), TrainingDisplay(config.steps, config.batch) as display:
+        states = complete_states(run.states)
+        step, state = states[-1] if states else (0, None)
+        if step >= config.steps:
+            display.say(f"{run.root} has {step} steps already; raise steps to continue")
+            return
+        run.rewind(step)
+        Training(config, run, display).go(step, state)
 
 
-def _train(config: TrainConfig, run: Run, display: Display) -> None:
+def load_policy(base: Snapshot) -> PreTrainedModel:
+    """The policy in float32, on the CPU. Raises `SnapshotError` where transformers cannot make it from `base`."""
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM
 
-    from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
-    from rlvr_landscape_plugin.trl.states import complete_states
-    from rlvr_landscape_plugin.trl.trainer import Hooks, make_trainer
+    from rlvr_landscape_plugin.snapshot.architecture import check_architecture
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    states = complete_states(run.states)
-    step, state = states[-1] if states else (0, None)
-    whole = {path for _, path in states}
-    if step >= config.steps:
-        display.say(f"{run.root} has {step} steps already; raise steps to continue")
-        return
-    run.metrics.keep_until(step)
-    run.evaluations.keep_until(step)
-    if run.resets.path.is_file():
-        run.resets.keep_until(step)
-    for leftover in run.states.glob("checkpoint-*"):
-        if leftover not in whole:
-            shutil.rmtree(leftover)
-    for leftover in run.snapshots.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+    # Otherwise weights that are missing would be drawn at random, with a warning only.
+    if reason := check_architecture(base):
+        raise SnapshotError(f"transformers cannot make a model from {base.path / 'config.json'}: {reason}")
+    return AutoModelForCausalLM.from_pretrained(str(base.path), dtype=torch.float32, local_files_only=True)
 
-    practice = Practice(config.env.id, dict(config.env.taskset), config.env.num_tasks)
-    held_out = Practice(config.env.id, config.held_out_taskset, config.evaluation.num_tasks)
-    model, base = (
-        AutoModelForCausalLM.from_pretrained(str(run.base.path), dtype=torch.float32, local_files_only=True)
-        for _ in range(2)
-    )
-    display.say(f"starting a vLLM server for {run.base.path.name} (log: {_log(config)})")
-    with PolicyServer(config, run.base, run.root / "scratch", _log(config)) as server:
 
-        def evaluate(at: int) -> float | None:
-            due = at % config.evaluation.every == 0 or at == config.steps
-            if not due or run.evaluations.at(at) is not None:
-                return None
-            started = time.perf_counter()
-            server.push(trainer.save_policy, at)
-            indices = range(config.evaluation.num_tasks)
-            cells = server.roll(held_out, indices, config.evaluation.rollouts, "held-out")
-            first = run.evaluations.at(0)
-            look = evaluation_metrics(cells, config.evaluation.threshold, first["task_rewards"] if first else None)
-            run.evaluations.append({"step": at, **look, "seconds": time.perf_counter() - started})
-            gain = f"  gain {look['gain']:+.3f} ± {look['gain_se'] or 0:.3f}" if "gain" in look else ""
-            display.say(f"step {at}  held-out reward {look['reward']:.3f} ± {look['reward_se'] or 0:.3f}{gain}")
-            return look["reward"]
+class Training:
+    """One command's share of a run. It does what the trainer announces (`trainer.Hooks`): journal, evaluate, keep."""
 
-        def reset(at: int, reason: str) -> None:
-            run.resets.append({"step": at, "reason": reason})
-            display.say(f"step {at}  KL reference and optimizer reset ({reason})")
+    def __init__(self, config: TrainConfig, run: RunDirectory, display: TrainingDisplay) -> None:
+        self.config, self.run, self.display = config, run, display
+        self.server: PolicyServer
+        self.held_out: Practice
+        self.trainer: LandscapeGRPOTrainer
 
-        def metrics(at: int, record: dict[str, Any]) -> None:
-            run.metrics.append({"step": at, **record})
-            display.step(at, record)
+    def go(self, step: int, state: Path | None) -> None:
+        """Train from `state`, of step `step`, or from the start."""
+        import torch
+        import transformers
 
-        def saved(at: int, folder: Path) -> None:
-            if path := run.snapshot(trainer.save_policy, at):
-                display.say(f"snapshot {path}")
+        from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
+        from rlvr_landscape_plugin.trl.trainer import make_trainer
 
-        def wants_state(at: int) -> bool:
-            return at in run.schedule or at % config.state_every == 0 or at == config.steps
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        config, run = self.config, self.run
+        practised = Practice.practised(config)
+        self.held_out = Practice.held_out(config)
+        model = load_policy(run.base)
+        base = copy.deepcopy(model)
+        self.display.say(f"starting a vLLM server for {run.base.path.name} (log: {run.log})")
+        with PolicyServer(config, run.base, run.scratch, run.log) as self.server:
+            tokenizer = self.server.tokenizer
+            self.trainer = make_trainer(config, model, base, tokenizer, self.server, practised, run.states, self)
+            if state is None:
+                self.evaluate(0)
+                self._snapshot(self.trainer.save_policy, 0)
+            else:
+                self.display.say(f"continuing from step {step}")
+                self.trainer.reference.restore(state)
+                self._snapshot(lambda folder: _copy_weights(state, folder), step)
+            self.display.start(step)
+            self.trainer.train(resume_from_checkpoint=str(state) if state is not None else None)
 
-        hooks = Hooks(metrics, evaluate, reset, saved, display.episode, wants_state)
-        tokenizer = server.tokenizer
-        trainer = make_trainer(config, model, base, tokenizer, server, practice, run.states, hooks)
-        if state is None:
-            evaluate(0)
-            if path := run.snapshot(trainer.save_policy, 0):
-                display.say(f"snapshot {path}")
-        else:
-            display.say(f"continuing from step {step}")
-            trainer.restore_reference(state)
-            if path := run.snapshot(lambda folder: _copy_weights(state, folder), step):
-                display.say(f"snapshot {path}")
-        display.start(step)
-        trainer.train(resume_from_checkpoint=str(state) if state is not None else None)
+    def episode(self) -> None:
+        """An episode of the batch finished."""
+        self.display.episode()
+
+    def metrics(self, step: int, record: dict[str, float]) -> None:
+        """Write the line of a step."""
+        self.run.metrics.append({"step": step, **record})
+        self.display.step(step, record)
+
+    def evaluate(self, step: int) -> float | None:
+        """Evaluate on the held-out tasks if it is time; returns their mean reward."""
+        every = self.config.evaluation.every
+        due = step % every == 0 or step == self.config.steps
+        if not due or self.run.evaluations.at(step) is not None:
+            return None
+        started = time.perf_counter()
+        self.server.push(self.trainer.save_policy, step)
+        indices = range(len(self.held_out.tasks))
+        groups = self.server.roll(self.held_out, indices, self.config.evaluation.rollouts, "held-out")
+        first = self.run.evaluations.at(0)
+        start = first["task_rewards"] if first else None
+        found = evaluation_metrics(groups, self.config.evaluation.threshold, start)
+        self.run.evaluations.append({"step": step, **found, "seconds": time.perf_counter() - started})
+        gain = f"  gain {found['gain']:+.3f} ± {found['gain_se'] or 0:.3f}" if "gain" in found else ""
+        reward, error = found["reward"], found["reward_se"] or 0
+        self.display.say(f"step {step}  held-out reward {reward:.3f} ± {error:.3f}{gain}")
+        return reward
+
+    def reset(self, step: int, reason: str) -> None:
+        """Write down that the KL reference was reset."""
+        self.run.resets.append({"step": step, "reason": reason})
+        self.display.say(f"step {step}  KL reference and optimizer reset ({reason})")
+
+    def wants_state(self, step: int) -> bool:
+        """Whether a training state is to be kept at this step."""
+        return step in self.run.schedule or step % self.config.state_every == 0 or step == self.config.steps
+
+    def saved(self, step: int, state: Path) -> None:
+        """Keep the snapshot of a step whose training state is complete."""
+        self._snapshot(self.trainer.save_policy, step)
+
+    def _snapshot(self, save: Save, step: int) -> None:
+        if path := self.run.snapshot(save, step):
+            self.display.say(f"snapshot {path}")
 
 
 def _copy_weights(state: Path, folder: Path) -> None:
     for file in state.iterdir():
         if file.suffix == ".safetensors" or file.name in WEIGHT_FILES:
             shutil.copyfile(file, folder / file.name)
-
-
-def _log(config: TrainConfig) -> Path:
-    return config.server.log or config.output / "server.log"

@@ -12,23 +12,20 @@ step with a snapshot is ever trained twice.
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import math
 import os
-import shutil
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 with warnings.catch_warnings():
     # TRL's own vLLM client is not used; which versions of vLLM that one supports is of no concern here.
@@ -36,43 +33,54 @@ with warnings.catch_warnings():
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rlvr_landscape_plugin.config import ObjectiveConfig, TrainConfig
-from rlvr_landscape_plugin.objectives import Objective, ReferenceSchedule, configure, group_advantages
+from rlvr_landscape_plugin.config import TrainConfig
+from rlvr_landscape_plugin.files import writing
+from rlvr_landscape_plugin.objectives import configure, group_advantages
 from rlvr_landscape_plugin.trl.batch import TrainerBatch, batch_metrics, to_batch
 from rlvr_landscape_plugin.trl.logprobs import log_probability, mean_kl
 from rlvr_landscape_plugin.trl.optimizer import forget, make_optimizer
+from rlvr_landscape_plugin.trl.reference import KLReference
 from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
-from rlvr_landscape_plugin.trl.states import COMPLETE, complete_states
+from rlvr_landscape_plugin.trl.states import STATES_ARE_SAFE, complete, keep_last
 
-REFERENCE = "reference"
-"""Directory within a training state that holds the KL reference, where that one is ever reset."""
 _DECAYS = {"none": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 """`optimizer.decay` in the words of transformers' schedulers."""
 
 
-@dataclass
-class Hooks:
-    """What the run does at the points of a step that the trainer announces."""
+class Hooks(Protocol):
+    """What the run does at the points of a step that the trainer announces (`train.Training`)."""
 
-    metrics: Callable[[int, dict[str, Any]], None]
-    """A step is done; its metrics."""
-    evaluate: Callable[[int], float | None]
-    """Weights have changed; called after every step. Returns the held-out reward if there was a look."""
-    reset: Callable[[int, str], None]
-    """The KL reference was reset after this step, and why."""
-    saved: Callable[[int, Path], None]
-    """A training state is complete, in this directory."""
-    episode: Callable[[], None]
-    """An episode of the batch finished."""
-    wants_state: Callable[[int], bool]
-    """Whether a training state is to be kept at this step."""
+    def episode(self) -> None:
+        """An episode of the batch finished."""
+        ...
+
+    def metrics(self, step: int, record: dict[str, float]) -> None:
+        """A step is done; its metrics."""
+        ...
+
+    def evaluate(self, step: int) -> float | None:
+        """Weights have changed; called after every step. Returns the held-out reward if there was an evaluation."""
+        ...
+
+    def reset(self, step: int, reason: str) -> None:
+        """The KL reference was reset after this step, and why."""
+        ...
+
+    def wants_state(self, step: int) -> bool:
+        """Whether a training state is to be kept at this step."""
+        ...
+
+    def saved(self, step: int, state: Path) -> None:
+        """A training state is complete, in this directory."""
+        ...
 
 
 class _SaveWhereAsked(TrainerCallback):
     def __init__(self, wanted: Callable[[int], bool]) -> None:
         self._wanted = wanted
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Ask for a training state, or for none."""
         control.should_save = self._wanted(state.global_step)
 
 
@@ -91,18 +99,24 @@ class LandscapeGRPOTrainer(GRPOTrainer):
     """One run; build it with `make_trainer`."""
 
     def __init__(
-        self, run: TrainConfig, base: Any, server: PolicyServer, practice: Practice, hooks: Hooks, **options: Any
+        self,
+        run: TrainConfig,
+        base: PreTrainedModel,
+        server: PolicyServer,
+        practice: Practice,
+        hooks: Hooks,
+        **options: Any,
     ) -> None:
+        """`base` is a copy of the policy at the start; `options` are GRPOTrainer's."""
         self._run, self._server, self._practice, self._hooks = run, server, practice, hooks
         self._filler = int(options["processing_class"].eos_token_id)
-        self._objective = make_objective(run.objective)
+        self._objective = configure(run.objective.name, **run.objective.options)
         self._base = base.requires_grad_(False).eval()
-        self._schedule = ReferenceSchedule(**run.reference.model_dump()) if run.reference else None
-        self._reference = copy.deepcopy(self._base) if self._schedule else self._base
+        self.reference = KLReference(self._base, run.reference)
         self._batch: TrainerBatch | None = None
         self._monitor: _Monitor | None = None
-        self._of_batch: dict[str, float] = {}
-        self._of_update: dict[str, float] = {}
+        self._batch_metrics: dict[str, float] = {}
+        self._update_metrics: dict[str, float] = {}
         self._clock = time.perf_counter()
         super().__init__(rollout_func=self._roll, reward_funcs=verifier, **options)
         self.remove_callback(PrinterCallback)
@@ -123,11 +137,11 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         self._server.push(self.save_policy, step)
         clock.append(time.perf_counter())
         # Indices repeat when the tasks are used up, the step does not.
-        cells = self._server.roll(self._practice, indices, rollouts, f"train/{step}", self._hooks.episode)
+        groups = self._server.roll(self._practice, indices, rollouts, f"train/{step}", self._hooks.episode)
         clock.append(time.perf_counter())
-        self._batch = to_batch(cells, filler=self._filler)
-        self._of_batch = batch_metrics(cells)
-        self._of_batch |= dict(zip(("seconds_push", "seconds_rollouts"), np.diff(clock).tolist(), strict=True))
+        self._batch = to_batch(groups, filler=self._filler)
+        self._batch_metrics = batch_metrics(groups)
+        self._batch_metrics |= dict(zip(("seconds_push", "seconds_rollouts"), np.diff(clock).tolist(), strict=True))
         rewards = [None if math.isnan(reward) else reward for reward in self._batch.rewards.ravel().tolist()]
         return {
             "prompt_ids": self._batch.prompt_ids,
@@ -155,9 +169,9 @@ class LandscapeGRPOTrainer(GRPOTrainer):
             present, _ = log_probability(self.model, part)
             base, _ = log_probability(self._base, part)
         self._monitor = _Monitor(part["input_ids"], part["attention_mask"], part["mask"], present)
-        self._of_batch["kl_base"] = mean_kl(present, base, part["mask"])
+        self._batch_metrics["kl_base"] = mean_kl(present, base, part["mask"])
         difference = (present - part["sampled"])[part["mask"]].abs()
-        self._of_batch["sampler_difference"] = float(difference.mean()) if len(difference) else 0.0
+        self._batch_metrics["sampler_difference"] = float(difference.mean()) if len(difference) else 0.0
 
     # The update
 
@@ -177,16 +191,16 @@ class LandscapeGRPOTrainer(GRPOTrainer):
             feeds["generator"] = self._generator()
         if "reference_logprobs" in self._objective.needs:
             with torch.no_grad():
-                feeds["reference_logprobs"], _ = log_probability(self._reference, joined)
+                feeds["reference_logprobs"], _ = log_probability(self.reference.model, joined)
         value = self._objective(**feeds)
         mask = joined["mask"]
         if "generator" in feeds:
             # The same draws a second time, so that the tokens counted are those that were clipped.
             feeds["generator"] = self._generator()
         with torch.no_grad():
-            bound = self._objective.token_terms(**{name: _still(feed) for name, feed in feeds.items()}).bound
+            bound = self._objective.token_terms(**{name: _detached(feed) for name, feed in feeds.items()}).bound
             tokens = mask.sum().clamp(min=1)
-            self._of_update = {
+            self._update_metrics = {
                 "objective": float(value),
                 "entropy": float(entropies[mask].sum() / tokens),
                 "clip_fraction": float((bound & mask).sum() / tokens),
@@ -212,8 +226,8 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         monitor.previous = present
         step = self.state.global_step
         record = {
-            **self._of_batch,
-            **self._of_update,
+            **self._batch_metrics,
+            **self._update_metrics,
             "kl_previous": moved,
             "grad_norm": float(logs["grad_norm"]),
             "learning_rate": float(logs["learning_rate"]),
@@ -221,61 +235,38 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         }
         self._hooks.metrics(step, record)
         held_out = self._hooks.evaluate(step)
-        if self._schedule and (reason := self._schedule.reset_due(step, held_out)):
-            self._reference.load_state_dict(self.accelerator.unwrap_model(self.model).state_dict())
+        if reason := self.reference.reset_due(step, held_out):
+            self.reference.reset(self.accelerator.unwrap_model(self.model))
             forget(self.optimizer)
             self._hooks.reset(step, reason)
         self._clock = time.perf_counter()
 
     # States
 
-    def restore_reference(self, state: Path) -> None:
-        """Continue with the KL reference of a training state, and with what led to its next reset."""
-        if self._schedule:
-            saved = state / REFERENCE
-            self._schedule = ReferenceSchedule(**json.loads((saved / "schedule.json").read_text()))
-            self._reference.load_state_dict(load_file(saved / "model.safetensors"), strict=False)
-            self._reference.tie_weights()
-
-    def _save_reference(self, folder: Path) -> None:
-        if self._schedule:
-            saved = folder / REFERENCE
-            self._reference.save_pretrained(saved)
-            (saved / "schedule.json").write_text(json.dumps(asdict(self._schedule)))
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        step = self.state.global_step
-        root = Path(str(self.args.output_dir))
-        folder = root / f"checkpoint-{step}"
-        self._save_reference(folder)
-        for file in [*(item for item in folder.rglob("*") if item.is_file()), folder]:
-            _sync(file)
-        (folder / COMPLETE).touch()
-        _sync(folder)
-        self._hooks.saved(step, folder)
-        for _, old in complete_states(root)[:-2]:
-            # The marker goes first: a removal that is cut short must not leave half a state that looks whole.
-            (old / COMPLETE).unlink()
-            shutil.rmtree(old)
+        root, step = Path(str(self.args.output_dir)), self.state.global_step
+        state = root / f"checkpoint-{step}"
+        with writing(state, STATES_ARE_SAFE):
+            super()._save_checkpoint(model, trial)
+            self.reference.save(state)
+        complete(state)
+        self._hooks.saved(step, state)
+        keep_last(root)
         self._clock = time.perf_counter()
 
 
-def verifier(prompts: Any, completions: Any, episode_reward: list[float | None], **rest: Any) -> list[float | None]:
+def verifier(
+    prompts: object, completions: object, episode_reward: list[float | None], **rest: object
+) -> list[float | None]:
     """TRL's reward function: the taskset's own reward of each episode, None where the episode failed."""
     return episode_reward
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
-    """The configured objective."""
-    return configure(config.name, **config.options)
-
-
-def _still(feed: Any) -> Any:
+def _detached(feed: object) -> object:
     return feed.detach() if isinstance(feed, torch.Tensor) else feed
 
 
-def _joined(inputs: Any) -> dict[str, torch.Tensor]:
+def _joined(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """TRL's columns side by side: whole sequences, and the mask of the tokens that the policy sampled."""
     mask = inputs["completion_mask"].bool() & inputs["tool_mask"].bool()
     return {
@@ -286,19 +277,11 @@ def _joined(inputs: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def make_trainer(
     config: TrainConfig,
-    model: Any,
-    base: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     server: PolicyServer,
     practice: Practice,
     states: Path,

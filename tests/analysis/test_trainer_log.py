@@ -13,7 +13,7 @@ from scipy import stats
 
 from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.snapshot import open_snapshot
-from rlvr_landscape_plugin.trl.run_directory import Run
+from rlvr_landscape_plugin.trl.run_directory import RunDirectory
 
 
 def write_run(folder, rng, steps=(0, 10, 20), tasks=40, gain=0.02):
@@ -97,7 +97,7 @@ def test_a_line_cut_short_at_the_end_is_passed_over_elsewhere_it_is_named(tmp_pa
 )
 def test_what_paid_a_run_is_read_from_the_directory_that_the_trainer_writes(tmp_path, taskset, expected):
     config = TrainConfig.model_validate({"output": tmp_path / "run", "env": {"taskset": taskset}})
-    run = Run(config, open_snapshot("tiny-sorter"))
+    run = RunDirectory(config, open_snapshot("tiny-sorter"))
     run.evaluations.append({"step": 0, "reward": 0.4, "entropy": 0.5, "pass_1": 0.1, "task_rewards": [0.3, 0.5]})
     run.metrics.append({"step": 1, "reward": 0.4, "entropy": 0.5})
     found = open_training(tmp_path / "run")

@@ -23,7 +23,7 @@ from rlvr_landscape_plugin.errors import ConfigurationError, StoreError, Taskset
 from rlvr_landscape_plugin.snapshot import open_snapshot
 from rlvr_landscape_plugin.trl.__main__ import main
 from rlvr_landscape_plugin.trl.batch import batch_metrics, evaluation_metrics, pass_at_k, to_batch
-from rlvr_landscape_plugin.trl.run_directory import Lines, Run, alone
+from rlvr_landscape_plugin.trl.run_directory import Lines, RunDirectory, alone
 
 ROOT = Path(__file__).parents[2]
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra train)")
@@ -137,23 +137,23 @@ def test_lines_survive_a_kill_and_can_be_taken_back(tmp_path):
 def test_a_directory_belongs_to_one_configuration(tmp_path):
     base = open_snapshot("tiny-sorter")
     config = TrainConfig(output=tmp_path / "run")
-    first = Run(config, base)
-    assert Run(config, base).identity == first.identity
-    assert Run(config.model_copy(update={"steps": 500, "threads": 1}), base).identity == first.identity
+    first = RunDirectory(config, base)
+    assert RunDirectory(config, base).identity == first.identity
+    assert RunDirectory(config.model_copy(update={"steps": 500, "threads": 1}), base).identity == first.identity
     decaying = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"decay": "linear"})})
     decaying = decaying.model_copy(update={"output": tmp_path / "decaying"})
-    Run(decaying, base)
+    RunDirectory(decaying, base)
     with pytest.raises(StoreError, match="steps was 100, is 500"):
-        Run(decaying.model_copy(update={"steps": 500}), base)
+        RunDirectory(decaying.model_copy(update={"steps": 500}), base)
     with pytest.raises(StoreError, match="seed was 0, is 1"):
-        Run(config.model_copy(update={"seed": 1}), base)
+        RunDirectory(config.model_copy(update={"seed": 1}), base)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(StoreError, match="is not empty and no run"):
-        Run(TrainConfig(output=tmp_path / "other"), base)
+        RunDirectory(TrainConfig(output=tmp_path / "other"), base)
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(StoreError, match=r"run\.json is damaged"):
-        Run(config, base)
+        RunDirectory(config, base)
 
 
 def test_one_process_trains_in_a_directory(tmp_path):
@@ -321,7 +321,7 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlvr_landscape_plugin.trl.states import complete_states
-    from rlvr_landscape_plugin.trl.trainer import Hooks, make_trainer
+    from rlvr_landscape_plugin.trl.trainer import make_trainer
 
     config = TrainConfig.model_validate(
         {
@@ -342,7 +342,7 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     path = str(open_snapshot("tiny-sorter").path)
     model, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2))
     sampler, lines, episodes, saved = Sampler(), [], [], []
-    hooks = Hooks(
+    hooks = SimpleNamespace(
         metrics=lambda step, record: lines.append((step, record)),
         evaluate=lambda step: None,
         reset=lambda step, reason: pytest.fail("nothing asks for a reset"),
@@ -380,7 +380,7 @@ def test_a_reset_makes_the_policy_its_own_reference_and_forgets_the_moments(tmp_
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlvr_landscape_plugin.trl.trainer import Hooks, make_trainer
+    from rlvr_landscape_plugin.trl.trainer import make_trainer
 
     config = TrainConfig.model_validate(
         {
@@ -405,7 +405,7 @@ def test_a_reset_makes_the_policy_its_own_reference_and_forgets_the_moments(tmp_
             weights.update({name: value.clone() for name, value in model.state_dict().items()})
             moments[step] = len(getattr(trainer.optimizer, "optimizer", trainer.optimizer).state)
 
-        hooks = Hooks(
+        hooks = SimpleNamespace(
             metrics=lambda step, record: None,
             evaluate=rewards.get,
             reset=reset,
@@ -424,14 +424,14 @@ def test_a_reset_makes_the_policy_its_own_reference_and_forgets_the_moments(tmp_
     trainer.train()
     assert resets == [(2, "drop")]
     assert moments == {2: 0}
-    assert same(trainer._reference.state_dict(), weights)
+    assert same(trainer.reference.model.state_dict(), weights)
     assert not same(model.state_dict(), weights)
     assert same(base.state_dict(), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict())
     again, *_ = make()
-    assert not same(again._reference.state_dict(), weights)
-    again.restore_reference(tmp_path / "state" / "checkpoint-3")
-    assert same(again._reference.state_dict(), weights)
-    assert again._schedule == trainer._schedule
+    assert not same(again.reference.model.state_dict(), weights)
+    again.reference.restore(tmp_path / "state" / "checkpoint-3")
+    assert same(again.reference.model.state_dict(), weights)
+    assert again.reference.schedule == trainer.reference.schedule
 
 
 @pytest.mark.parametrize(

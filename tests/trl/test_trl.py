@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +21,14 @@ from hypothesis import strategies as st
 
 from rlvr_landscape_plugin.config import TrainConfig, load_config, train_report
 from rlvr_landscape_plugin.episodes import ERROR, OK, TRUNCATED, Rollout, Segment
-from rlvr_landscape_plugin.errors import ConfigurationError, StoreError, TasksetError
+from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError, StoreError, TasksetError
+from rlvr_landscape_plugin.files import writing
 from rlvr_landscape_plugin.snapshot import open_snapshot
 from rlvr_landscape_plugin.trl.__main__ import main
 from rlvr_landscape_plugin.trl.batch import batch_metrics, evaluation_metrics, pass_at_k, to_batch
 from rlvr_landscape_plugin.trl.run_directory import Lines, RunDirectory, alone
+from rlvr_landscape_plugin.trl.server import Practice
+from rlvr_landscape_plugin.trl.states import complete, complete_states, keep_last, remove_incomplete
 
 ROOT = Path(__file__).parents[2]
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra train)")
@@ -154,6 +159,160 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(StoreError, match=r"run\.json is damaged"):
         RunDirectory(config, base)
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def refuse(*args: object, **options: object) -> None:
+    raise FULL
+
+
+def test_a_full_disk_at_the_start_is_named_and_the_same_command_begins_when_there_is_room(tmp_path, monkeypatch):
+    config, base = TrainConfig(output=tmp_path / "run"), open_snapshot("tiny-sorter")
+    with monkeypatch.context() as patch:
+        for function in ("link", "rename"):
+            patch.setattr(os, function, refuse)
+        with pytest.raises(StoreError, match=r"run\.json: the disk is full .*nothing was begun, .* when there is room"):
+            RunDirectory(config, base)
+    # What a kill during that write leaves, by this version and by earlier ones.
+    for name in (".run.json.4711.tmp", ".run.json.4711.0a1b2c3d.tmp"):
+        (tmp_path / "run" / name).write_text('{"id"')
+    assert RunDirectory(config, base).identity["policy_sha256"] == base.sha256
+
+
+@pytest.mark.parametrize("what", ["metrics", "snapshot", "state", "lock", "rewind"])
+def test_a_full_disk_during_training_says_what_is_kept(tmp_path, monkeypatch, what):
+    base = open_snapshot("tiny-sorter")
+    run = RunDirectory(TrainConfig(output=tmp_path / "run"), base)
+    run.metrics.append({"step": 1, "reward": 0.5})
+    state = run.states / "checkpoint-1"
+    state.mkdir(parents=True)
+    (state / "model.safetensors").write_bytes(b"x")
+
+    def copy_weights(folder: Path) -> None:
+        shutil.copyfile(base.path / "model.safetensors", folder / "model.safetensors")
+
+    actions = {
+        "metrics": lambda: run.metrics.append({"step": 2, "reward": 0.6}),
+        "snapshot": lambda: run.snapshot(copy_weights, 0),
+        "state": lambda: complete(state),
+        "lock": lambda: alone(run.root).__enter__(),
+        "rewind": lambda: run.rewind(0),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        if what == "lock":
+            patch.setattr(Path, "open", refuse)
+        with pytest.raises(
+            StoreError, match=r"cannot write .*the disk is full .*run the same command again when there"
+        ):
+            actions[what]()
+    assert complete_states(run.states) == []
+    assert not (run.root / "snapshots" / "step_000000").exists()
+    assert not list(run.root.glob("**/.*.tmp"))
+    run.rewind(0)
+    assert not state.exists()
+    assert run.metrics.read() == []
+    assert run.snapshot(copy_weights, 0) == run.root / "snapshots" / "step_000000"
+
+
+@needs_trl
+def test_a_full_disk_under_the_trainers_own_files_is_named_too(tmp_path, monkeypatch):
+    import torch
+
+    from rlvr_landscape_plugin.trl.states import STATES_ARE_SAFE
+
+    for error in (
+        RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed writing file data/0"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        FULL,
+    ):
+        with pytest.raises(StoreError, match=f"checkpoint-3: .*; {STATES_ARE_SAFE}, run the same command again"):
+            with writing(tmp_path / "checkpoint-3", STATES_ARE_SAFE):
+                raise error
+    with pytest.raises(torch.OutOfMemoryError), writing(tmp_path / "checkpoint-3", STATES_ARE_SAFE):
+        raise torch.OutOfMemoryError("no memory")
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    base = open_snapshot("tiny-sorter")
+    with pytest.raises(StoreError, match=r"file is a file; output must be a directory"):
+        RunDirectory(TrainConfig(output=tmp_path / "file"), base)
+    with pytest.raises(StoreError, match=r"cannot write .*file/run/run\.json: .*Not a directory"):
+        RunDirectory(TrainConfig(output=tmp_path / "file" / "run"), base)
+
+
+def test_states_are_whole_with_their_marker_and_the_last_two_stay(tmp_path):
+    for step in (5, 10, 15, 20):
+        (tmp_path / f"checkpoint-{step}" / "sub").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "sub" / "weights").write_bytes(b"x")
+        if step < 20:
+            complete(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [step for step, _ in complete_states(tmp_path)] == [5, 10, 15]
+    keep_last(tmp_path)
+    assert [step for step, _ in complete_states(tmp_path)] == [10, 15]
+    remove_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
+
+
+@needs_trl
+def test_a_policy_that_is_not_whole_is_refused_instead_of_drawn_at_random(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from rlvr_landscape_plugin.trl.train import load_policy
+
+    shutil.copytree(open_snapshot("tiny-sorter").path, tmp_path / "policy")
+    tensors = load_file(tmp_path / "policy" / "model.safetensors")
+    lost = tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "policy" / "model.safetensors")
+    with pytest.raises(SnapshotError, match=r"tensor 'model\.norm\.weight' is missing"):
+        load_policy(open_snapshot(tmp_path / "policy"))
+    save_file(tensors | {"model.norm.weight": lost}, tmp_path / "policy" / "model.safetensors")
+    assert load_policy(open_snapshot(tmp_path / "policy")).dtype.itemsize == 4
+    (tmp_path / "policy" / "config.json").write_text("{}")
+    with pytest.raises(SnapshotError, match=r"transformers cannot make a model from .*config\.json: "):
+        load_policy(open_snapshot(tmp_path / "policy"))
+
+
+@pytest.fixture
+def quiz(monkeypatch) -> None:
+    """A taskset without options that make other tasks (`tiny_quiz`), importable."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "helpers" / "tasksets"))
+
+
+def test_a_taskset_without_other_streams_is_evaluated_on_later_tasks(quiz):
+    config = TrainConfig.model_validate(
+        {
+            "env": {"id": "tiny-quiz", "taskset": {"count": 10}, "num_tasks": 6, "tasks_per_batch": 2},
+            "evaluation": {"taskset": {}, "num_tasks": 4},
+        }
+    )
+    prompts = [[task.data.prompt for task in make(config).tasks] for make in (Practice.practised, Practice.held_out)]
+    assert prompts == [[f"Say {i}" for i in range(6)], [f"Say {i}" for i in range(6, 10)]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taskset": {}, "num_tasks": 5}, r"has 10 tasks, 11 .* lower evaluation\.num_tasks, or env\.num_tasks = 6"),
+        ({"num_tasks": 4}, r"evaluation\.taskset = \{'seed': 2001\}.*seed.*evaluation\.taskset = \{\} evaluates on"),
+    ],
+)
+def test_held_out_tasks_that_do_not_exist_are_named(quiz, changes, message):
+    env = {"id": "tiny-quiz", "taskset": {"count": 10}, "num_tasks": 6, "tasks_per_batch": 2}
+    config = TrainConfig.model_validate({"env": env, "evaluation": changes})
+    with pytest.raises(TasksetError, match=message):
+        Practice.held_out(config)
+
+
+def test_too_few_tasks_to_practise_name_their_option(quiz):
+    env = {"id": "tiny-quiz", "taskset": {"count": 10}, "num_tasks": 60}
+    config = TrainConfig.model_validate({"env": env, "evaluation": {"taskset": {"count": 4}}})
+    with pytest.raises(TasksetError, match=r"has 10 tasks, 60 were asked for; lower env\.num_tasks"):
+        Practice.practised(config)
 
 
 def test_one_process_trains_in_a_directory(tmp_path):
@@ -320,7 +479,6 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlvr_landscape_plugin.trl.states import complete_states
     from rlvr_landscape_plugin.trl.trainer import make_trainer
 
     config = TrainConfig.model_validate(

@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _draw(analysis: RunAnalysis) -> list[Path]:
     """RUN_DIR/figures/<dataset>.pdf and .png of every landscape."""
     from rlvr_landscape_analysis.figures import new_figure, panel_aspect, reward_landscape, save_figure
-    from rlvr_landscape_analysis.report.page import landscape_name
+    from rlvr_landscape_analysis.report.pictures import landscape_name
 
     drawn = []
     for key, map_ in sorted(analysis.maps.items()):

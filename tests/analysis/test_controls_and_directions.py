@@ -8,7 +8,8 @@ from factory import make_analysis, make_map
 from rlvr_landscape_analysis import analyse_run
 from rlvr_landscape_analysis import figures as drawing
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.report.page import figure_of, write_report
+from rlvr_landscape_analysis.report.page import write_report
+from rlvr_landscape_analysis.report.pictures import figure_of
 from rlvr_landscape_analysis.synthetic import write_run
 
 CONTROL = {"reward_mode": "random"}

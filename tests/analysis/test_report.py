@@ -19,7 +19,9 @@ from factory import ALPHAS, BETAS, NASTY, make_analysis
 from rlvr_landscape_analysis.__main__ import main, parser
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.report import page as module
-from rlvr_landscape_analysis.report.page import json_block, landscape_name, shown_landscapes, write_report
+from rlvr_landscape_analysis.report import pictures
+from rlvr_landscape_analysis.report.page import json_block, write_report
+from rlvr_landscape_analysis.report.pictures import landscape_name, shown_landscapes
 from rlvr_landscape_analysis.report.recipes import Recipe
 from rlvr_landscape_analysis.synthetic import write_run
 
@@ -79,7 +81,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only one figure beside the landscapes, for speed."""
     every = module.recipes
-    monkeypatch.setattr(module, "recipes", lambda analysis: every(analysis)[:1])
+    monkeypatch.setattr(module, "recipes", lambda analysis: every(analysis)[1:2])
 
 
 def test_the_page_is_well_formed(full):
@@ -216,7 +218,7 @@ def test_maps_in_any_order_give_the_same_values():
 
     values = make_analysis().maps[1, 0]
     turned = values.isel(alpha=slice(None, None, -1), beta=[2, 0, 4, 1, 3]).transpose("beta", "alpha")
-    found = [module.hover_data(v, figures.reward_landscape(v)["ax"]) for v in (values, turned)]
+    found = [pictures.hover_data(v, figures.reward_landscape(v)["ax"]) for v in (values, turned)]
     assert found[0]["rows"] == found[1]["rows"]
     assert found[0]["alpha"] == found[1]["alpha"]
 
@@ -268,19 +270,19 @@ def test_which_landscapes_are_shown():
     several = [(step, seed) for step in range(6) for seed in range(3)]
     assert shown_landscapes(several) == [(step, 0) for step in range(6)]
     many = shown_landscapes([(step, seed) for step in range(0, 250, 10) for seed in (4, 7)])
-    assert len(many) == module.MAX_LANDSCAPES
+    assert len(many) == pictures.MAX_LANDSCAPES
     assert many[0] == (0, 4)
     assert many[-1] == (240, 4)
 
 
 def test_a_large_run_stays_a_small_page(tmp_path, monkeypatch, few):
-    monkeypatch.setattr(module, "MAX_LANDSCAPES", 2)
-    monkeypatch.setattr(module.shown_landscapes, "__defaults__", (2,))
+    monkeypatch.setattr(pictures, "MAX_LANDSCAPES", 2)
+    monkeypatch.setattr(pictures.shown_landscapes, "__defaults__", (2,))
     page = Page(write_report(make_analysis((0, 1, 10), (0,)), tmp_path, animation=False, now=NOW)[0])
     assert set(page.data) == {landscape_name((0, 0)), landscape_name((10, 0))}
     assert "2 of 3 landscapes are shown here" in "".join(page.text)
     assert "figures/landscape_step000001_slice0.pdf" in page.attributes("href")
-    monkeypatch.setattr(module, "MAX_INLINE_BYTES", 0)
+    monkeypatch.setattr(pictures, "MAX_INLINE_BYTES", 0)
     page = Page(write_report(make_analysis((0,), (0,)), tmp_path, animation=False, now=NOW)[0])
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert "Too large for this page; see the file." in "".join(page.text)
@@ -384,4 +386,23 @@ def test_help_loads_no_statistics():
 
 def test_the_page_s_parts_are_in_the_package():
     folder = Path(module.__file__).parent / "assets"
-    assert sorted(os.listdir(folder)) == ["report.css", "report.js", "template.html"]
+    assert sorted(os.listdir(folder)) == ["glossary.html", "macros.html", "report.css", "report.js", "template.html"]
+
+
+@pytest.mark.parametrize(("steps", "panels"), [((0,), set()), ((0, 10), {"panels", "panels_shared"})])
+def test_no_picture_is_shown_twice(tmp_path, monkeypatch, steps, panels):
+    """A single landscape stands alone; of several, the page shows each once and all of them on one scale."""
+    every = module.recipes
+    monkeypatch.setattr(module, "recipes", lambda analysis: [one for one in every(analysis) if not one.detail])
+    page = Page(write_report(make_analysis(steps, (0,)), tmp_path, animation=False, now=NOW)[0])
+    images = page.attributes("src")
+    assert len(set(images)) == len(images) >= len(steps)
+    assert {path.stem for path in (tmp_path / "figures").glob("panels*.png")} == panels
+    shown = {name.removeprefix("figure-") for name in page.attributes("id") if name.startswith("figure-panels")}
+    assert shown == panels - {"panels"}
+    for name in panels:
+        assert f"figures/{name}.pdf" in page.attributes("href")
+    if len(steps) == 1:
+        return
+    landscapes, charts = page.source.index('class="gallery maps"'), page.source.index('class="gallery charts"')
+    assert landscapes < charts

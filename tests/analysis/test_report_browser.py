@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from factory import ALPHAS, BETAS, make_analysis
 from rlvr_landscape_analysis.report import page as module
-from rlvr_landscape_analysis.report.page import landscape_name, write_report
+from rlvr_landscape_analysis.report.page import write_report
+from rlvr_landscape_analysis.report.pictures import landscape_name
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 KEY = (10, 1)

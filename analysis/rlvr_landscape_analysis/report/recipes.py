@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlvr_landscape_analysis import figures as drawing
-from rlvr_landscape_analysis.results import RunAnalysis
+from rlvr_landscape_analysis.results import EARLY, RunAnalysis
 from rlvr_landscape_analysis.schema import grid_name
 
 MAX_SLICES = 3
@@ -29,6 +29,8 @@ class Recipe:
     """Draws it and returns its artists with `figure` or `ax`; raises `AnalysisError` when there is nothing to draw."""
     detail: bool = False
     """Whether it is of one snapshot, rather than of the run."""
+    inline: bool = True
+    """Whether the page shows it, rather than only naming its files."""
 
 
 def recipes(analysis: RunAnalysis) -> list[Recipe]:
@@ -39,22 +41,32 @@ def recipes(analysis: RunAnalysis) -> list[Recipe]:
     shown = {key: analysis.maps[key] for key in keys if key[1] in slices}
     level = f"{analysis.bootstrap.level:.0%}"
     table = analysis.correlations
-    found = [
-        Recipe(
-            "panels",
-            "Reward landscapes of chosen snapshots",
-            "Colour: mean reward, one scale per panel; lines: KL in nat; cross: the checkpoint.",
-            lambda: drawing.landscape_panels(shown),
-        ),
-        Recipe(
-            "panels_shared",
-            "The same on one colour scale",
-            "Colours and lines compare between snapshots.",
-            lambda: drawing.landscape_panels(shown, shared=True),
-        ),
-    ]
+    found = []
+    if len(keys) > 1:
+        # A single landscape would only be the one that stands in the page already, once more.
+        found += [
+            Recipe(
+                "panels",
+                "Chosen snapshots side by side",
+                "the landscapes above in one figure, each with a colour scale of its own.",
+                lambda: drawing.landscape_panels(shown),
+                inline=False,
+            ),
+            Recipe(
+                "panels_shared",
+                "Chosen snapshots on one colour scale",
+                "Colour: mean reward; lines: KL in nat; cross: the checkpoint. Panels compare in both.",
+                lambda: drawing.landscape_panels(shown, shared=True),
+            ),
+        ]
     if len(steps) > 1:
         bands = f"Bands: {level} intervals over prompts."
+        early = Recipe(
+            "correlation_early",
+            f"The same over the first {EARLY} steps",
+            bands,
+            lambda: drawing.early_correlation(table, value="pearson"),
+        )
         found += [
             Recipe(
                 "correlation",
@@ -62,12 +74,7 @@ def recipes(analysis: RunAnalysis) -> list[Recipe]:
                 f"Pearson over the points of the slice, as it is usually quoted: the radius is still in it. {bands}",
                 lambda: drawing.correlation_over_training(table, value="pearson"),
             ),
-            Recipe(
-                "correlation_early",
-                "The same over the first ten steps",
-                bands,
-                lambda: drawing.early_correlation(table, value="pearson"),
-            ),
+            *([early] if min(steps) <= EARLY < max(steps) else []),
             Recipe(
                 "controlled",
                 "With the radius controlled for",

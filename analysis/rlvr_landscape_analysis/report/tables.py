@@ -457,3 +457,36 @@ def _snapshots(data: xr.Dataset) -> Iterator[tuple[dict[str, Cell], xr.Dataset]]
         for seed in map(int, np.atleast_1d(data["slice_seed"].values)):
             where = {dim: label for dim, label in (("step", step), ("slice_seed", seed)) if dim in data.dims}
             yield {"step": str(step), "slice_seed": str(seed)}, data.sel(where)
+
+
+COLUMN_TERMS = {
+    "pearson_none": "pearson",
+    "spearman_none": "spearman",
+    "corrected_none": "corrected",
+    "corrected_linear": "partial",
+    "corrected_smooth": "partial",
+    "corrected_shell": "shell",
+    "corrected_radial": "radial",
+    "contribution_shell": "contribution",
+    "reliability_first": "reliability",
+    "reliability_second": "reliability",
+    "better_share": "better",
+    "better_count": "better",
+    "best_kl": "kl",
+    "naive_gain": "gain",
+    "gain": "gain",
+    "overlap": "overlap",
+    "chance": "overlap",
+    "radial_chance": "overlap",
+    "slope": "trend",
+    "tau": "trend",
+    "change_step": "trend",
+    "change": "trend",
+    "curvature_low": "curvature",
+    "curvature_high": "curvature",
+    "pass_1": "pass",
+    "pass_k": "pass",
+    "mean": "slices",
+    "spread": "slices",
+}
+"""Key of a column → term of the glossary in assets/glossary.html, to which the report links its heading."""

@@ -11,11 +11,9 @@ import rlvr_landscape_analysis as rla
 import xarray as xr
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic, synthetic_designs
 from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence, open_evidence
+from rlvr_landscape_analysis.report.page import write_report
+from rlvr_landscape_analysis.results import NOT_MEASURABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from rlvr_landscape_analysis.statistics.claims import (
-    NOT_MEASURABLE,
-    NOT_SUPPORTED,
-    SUPPORTED,
-    UNDECIDED,
     Estimate,
     all_claims,
     check_runs,
@@ -240,6 +238,11 @@ def test_a_directory_with_all_designs_is_read_and_claimed(tmp_path):
     assert np.isfinite(found.evidence.path[10]["advantage"].sel(position=1.0)).all()
     assert "back along displacement" in found.claims[2].sentence
     assert "plain correlation over a 2-D slice" in found.claims[0].sentence
+    page = write_report(found, tmp_path / "report", animation=False)[0].read_text()
+    assert "Share of random directions that improve the reward" in page
+    assert "Would overturn it" in page
+    for name in ("frontier", "correlation_by_radius", "density_by_radius", "curvature", "boundary"):
+        assert (tmp_path / "report" / "figures" / f"{name}.pdf").is_file()
     only = open_evidence(tmp_path, steps={10})
     assert (sorted(only.censuses), sorted(only.boundaries)) == ([10], [])
     (tmp_path / "census_step000010.nc").rename(tmp_path / "census_step000020.nc")

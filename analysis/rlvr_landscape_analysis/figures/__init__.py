@@ -1,12 +1,20 @@
 """Figures, one function each: they draw what the statistics found and compute none of them.
 
 Maps of one or several snapshots (`maps`, `relief`, `animation`), points of one map (`points`), series over training
-(`series`). Every function returns its artists in a dict, leaves its inputs and matplotlib's settings alone, and shows
-nothing; a quantity that is missing is said to be missing where it would have been drawn. Inputs are the parts of
-`RunAnalysis` (results.py); maps may also be landscape datasets, raw or reduced by `per_prompt`.
+(`series`), censuses, paths and boundaries (`evidence`). Every function returns its artists in a dict, leaves its inputs
+and matplotlib's settings alone, and shows nothing; a quantity that is missing is said to be missing where it would have
+been drawn. Inputs are the parts of `RunAnalysis` (results.py); maps may also be landscape datasets, raw or reduced by
+`per_prompt`.
 """
 
 from rlvr_landscape_analysis.figures.animation import animate
+from rlvr_landscape_analysis.figures.evidence import (
+    correlation_by_radius,
+    curvature_over_training,
+    density_by_radius,
+    frontier,
+    pass_at_k_by_step,
+)
 from rlvr_landscape_analysis.figures.maps import (
     difference_map,
     landscape_panels,
@@ -34,14 +42,19 @@ __all__ = [
     "animate",
     "compare_runs",
     "controlled_over_training",
+    "correlation_by_radius",
     "correlation_over_training",
+    "curvature_over_training",
+    "density_by_radius",
     "difference_map",
     "early_correlation",
+    "frontier",
     "kl_reward_scatter",
     "landscape_panels",
     "new_figure",
     "panel_aspect",
     "pass_and_entropy_maps",
+    "pass_at_k_by_step",
     "quantity_map",
     "radial_profile",
     "reward_landscape",

@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.report.evidence import evidence_recipes
 from rlvr_landscape_analysis.report.pictures import Pictures, landscape_name
 from rlvr_landscape_analysis.report.recipes import recipes
 from rlvr_landscape_analysis.report.table import NOT_DEFINED, WRITERS, Table, write_tables, write_whole
@@ -57,7 +58,7 @@ def write_report(
     tables = all_tables(analysis)
     written = write_tables(tables, folder / "tables")
     drawn.draw_landscapes()
-    drawn.draw_recipes(recipes(analysis))
+    drawn.draw_recipes([*evidence_recipes(analysis), *recipes(analysis)])
     if animation:
         drawn.animate()
     html = page(analysis, drawn, tables, now or datetime.now(UTC))

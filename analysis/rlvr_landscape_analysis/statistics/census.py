@@ -145,6 +145,8 @@ def census(
       interval; `curvature_variation`, its coefficient of variation over directions, and `dimensions` = 2 / its square,
       the effective number of directions that KL knows, with their intervals.
 
+    - `point_kl`, `point_change` (radius, direction, sign): KL and ΔR of every measured policy, means over prompts.
+
     Lengths are in units of ‖θ‖. Coordinates along `radius`: `relative`, `displacement` (NaN where there is no run).
     Scalars: step, directions, prompts; `reason` (radius) why a value is missing.
     """
@@ -366,6 +368,10 @@ def _dataset(
         long_name, units = _LONG_NAMES[base]
         tail = ", interval" if name.endswith("_interval") else ""
         variables[name] = (dims, values, {"long_name": long_name + tail, "units": units})
+    for name, own in (("kl", points.values["kl"]), ("change", points.change)):
+        long_name, units = _LONG_NAMES[name]
+        attrs = {"long_name": long_name.removesuffix(", mean over directions"), "units": units}
+        variables[f"point_{name}"] = (("radius", "direction", "sign"), own.mean(-1), attrs)
     variables["reason"] = ("radius", np.array(reasons, dtype=str), {"long_name": "why a value is missing"})
     coords = {
         "radius": ("radius", points.radius, {"long_name": "length of the move", "units": points.unit}),
@@ -378,6 +384,7 @@ def _dataset(
         "pair": list(CENSUS_PAIRS),
         "member": ["first", "second"],
         "bound": list(BOUNDS),
+        "sign": [1, -1],
         "step": points.step,
     }
     attrs = {

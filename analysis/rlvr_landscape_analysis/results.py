@@ -36,6 +36,24 @@ CONTROL_NAMES = {
     "shell": "within shells of equal radius",
     "radial": "radial null: shell means alone",
 }
+STATISTIC_NAMES = {
+    ("pearson", "none"): "Pearson",
+    ("corrected", "none"): "corrected",
+    ("corrected", "shell"): "within shells",
+    ("contribution", "shell"): "beyond the radius",
+    ("corrected", "radial"): "radial null",
+    ("corrected", "linear"): "linear partial",
+    ("corrected", "smooth"): "smooth",
+    ("spearman", "none"): "Spearman",
+}
+"""(variable of `RunAnalysis.correlations`, control) → the one name that tables, figures and the glossary give it."""
+
+
+def statistic_name(variable: str, control: str) -> str:
+    """The name of a correlation in tables and figures."""
+    return STATISTIC_NAMES.get((variable, control)) or f"{variable}, {CONTROL_NAMES.get(control, control)}"
+
+
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 UNDECIDED = "undecided at this sample size"
 NOT_MEASURABLE = "not measurable"

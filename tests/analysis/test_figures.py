@@ -15,6 +15,7 @@ from rlvr_landscape_analysis import (
     save_figure,
 )
 from rlvr_landscape_analysis.__main__ import main
+from rlvr_landscape_analysis.figures.image import kl_levels
 
 FULL = ("alpha", "beta", "prompt", "rollout")
 ALPHAS = np.array([-0.1, 0.0, 0.05, 0.2])
@@ -79,6 +80,16 @@ def test_contours_are_kl_levels_above_zero():
     levels = drawn["contours"].levels
     assert len(levels) >= 3
     assert np.all(levels > 0)
+
+
+def test_levels_are_1_2_5_down_to_the_nearest_measured_kl():
+    kl = np.array([[90.0, 40, 2.4], [30, 0, 2.6], [-0.1, 60, np.nan]])
+    assert kl_levels(kl) == [2, 5, 10, 20, 50]
+    assert kl_levels(kl, 3) == [10, 20, 50]
+    assert kl_levels(kl / 100) == [0.02, 0.05, 0.1, 0.2, 0.5]
+    assert kl_levels(np.array([0.0, -1.0, np.nan])) == []
+    drawn = reward_landscape(synthetic())
+    assert drawn["contours"].levels[0] < 0.1 * drawn["contours"].levels[-1]
 
 
 @pytest.mark.parametrize("kl", [0.0, -0.01, np.nan])

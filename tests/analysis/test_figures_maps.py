@@ -103,7 +103,7 @@ def test_a_landscape_dataset_is_reduced_to_a_map(form):
     assert_shows(figures.reward_landscape(data)["mesh"], mean["reward"])
     both = figures.pass_and_entropy_maps(data)
     assert_shows(both["entropy"]["mesh"], mean["entropy"])
-    assert both["pass_k"]["colorbar"].ax.get_ylabel() == "pass@3"
+    assert both["pass_k"]["colorbar"].ax.get_ylabel() == "pass@3 (reward ≥ 0.99)"
     assert figures.surrogate_and_reward(data)["surrogate"]["mesh"] is not None
     assert figures.difference_map(data)["mesh"] is not None
     assert figures.kl_reward_scatter(data)["points"].get_offsets().shape == (35, 2)
@@ -310,6 +310,14 @@ def test_the_surface_has_the_maps_heights():
     assert [v[0] for v in holed["missing"].get_data_3d()][:2] == [-0.1, -0.3]
     with pytest.raises(AnalysisError, match="projection='3d'"):
         figures.surface(data, ax=figures.new_figure()[1])
+
+
+def test_where_no_rollout_passes_the_figure_says_so():
+    raw = synthetic.landscape("mixed", points=3, prompts=16, rollouts=3)
+    raw["reward"] = 0 * raw["reward"]
+    drawn = figures.pass_and_entropy_maps(raw)
+    note = drawn["figure"].texts[0].get_text() if drawn["figure"].texts else drawn["figure"]._supxlabel.get_text()
+    assert "no rollout passes: pass@3 (reward ≥ 0.99) is 0 at every point" in note.replace("\n", " ")
 
 
 def test_the_scatter_has_every_point_coloured_by_its_radius():

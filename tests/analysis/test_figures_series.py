@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 from rlvr_landscape_analysis import figures
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.results import BOUNDS, CONTROLS, PAIRS
+from rlvr_landscape_analysis.results import BOUNDS, CONTROLS, PAIRS, statistic_name
 
 LONG = [*range(11), *range(20, 151, 10)]
 
@@ -201,15 +201,34 @@ def test_the_scatter_prints_plain_and_controlled_correlation():
     plain, shells = figures.kl_reward_scatter(grid, table)["text"]
     for line, control in ((plain, "none"), (shells, "shell")):
         numbers = [float(n.replace("−", "-")) for n in re.findall(r"−?\d+\.\d+", line)]
-        r = table.pearson.sel(at | {"control": control}).item()
+        r = table.corrected.sel(at | {"control": control}).item()
         np.testing.assert_allclose(numbers, [r, r - 0.04, r + 0.07], atol=0.0051)
-    table["pearson"][:] = np.nan
+    assert plain.startswith(f"{statistic_name('corrected', 'none')} r = ")
+    assert shells.startswith(f"{statistic_name('corrected', 'shell')} r = ")
+    assert figures.kl_reward_scatter(grid, table, value="pearson")["text"][0].startswith("Pearson r = ")
+    table["corrected"][:] = np.nan
     assert figures.kl_reward_scatter(grid, table)["text"] == [
-        "plain r is not defined",
+        "corrected r is not defined",
         "within shells r is not defined",
     ]
     with pytest.raises(AnalysisError, match="no step 3"):
         figures.kl_reward_scatter(grid.assign_coords(step=3), table)
+
+
+def test_contributions_have_an_axis_of_their_own_range():
+    table = make_table([0, 10, 50])
+    small = {
+        name: 0.02 * table[name.replace("contribution", "corrected")]
+        for name in ("contribution", "contribution_interval")
+    }
+    table = table.assign(small)
+    options = {"value": "contribution", "control": "shell"}
+    low, high = figures.correlation_over_training(table, **options)["ax"].get_ylim()
+    shown = table.sel(pair="kl_reward", control="shell")["contribution_interval"]
+    assert low < float(shown.min()) < float(shown.max()) < high
+    assert low < 0 < high
+    assert high - low < 1.4 * (max(0.0, float(shown.max())) - float(shown.min()))
+    assert figures.correlation_over_training(table)["ax"].get_ylim() == (-1.05, 1.05)
 
 
 def test_training_curves_are_the_tables():

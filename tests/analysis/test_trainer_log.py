@@ -102,4 +102,6 @@ def test_what_paid_a_run_is_read_from_the_directory_that_the_trainer_writes(tmp_
     run.metrics.append({"step": 1, "reward": 0.4, "entropy": 0.5})
     found = open_training(tmp_path / "run")
     assert found.attrs["reward_mode"] == expected
+    label = compare_runs({"mine": found})["legend"].get_texts()[0].get_text()
+    assert label == ("mine" if expected == "verifier" else f"mine ({expected} reward)")
     assert (found.attrs["run"], found.attrs["objective"]) == (run.identity["id"], config.objective.name)

@@ -124,19 +124,18 @@ def cells(ax: Axes, map_: xr.Dataset, chosen: np.ndarray, **style: Any) -> Patch
 
 
 def kl_levels(kl: np.ndarray, count: int = 8) -> list[float]:
-    """Round contour levels strictly between 0 and the largest KL; k1 may lie slightly below 0 near the origin."""
-    if not np.isfinite(kl).any():
+    """Contour levels …, 0.5, 1, 2, 5, 10, 20, … below the largest KL, the `count` largest of them.
+
+    KL grows with the square of the distance, so levels of equal ratio lie at equal distances, near the checkpoint too.
+    The lowest is above half of the smallest positive KL, below which nothing was measured.
+    """
+    positive = kl[np.isfinite(kl) & (kl > 0)]
+    if not len(positive):
         return []
-    top = float(np.nanmax(kl))
-    return (
-        [
-            float(level)
-            for level in MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]).tick_values(0.0, top)
-            if 0 < level < top
-        ]
-        if top > 0
-        else []
-    )
+    low, top = float(positive.min()) / 2, float(positive.max())
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(top))) + 1)
+    levels = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return [level for level in levels if low < level < top][-count:]
 
 
 def draw_contours(ax: Axes, map_: xr.Dataset, levels: list[float] | None = None, *, count: int = 8) -> Any:

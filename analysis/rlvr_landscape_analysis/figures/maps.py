@@ -78,7 +78,7 @@ def _like_origin(map_: xr.Dataset) -> np.ndarray:
 def landscape_panels(
     maps_or_datasets: Maps, steps: Iterable[int] | None = None, shared: bool = False
 ) -> dict[str, Any]:
-    """Snapshots side by side: mean reward as colour, KL as contour lines, the origin as a cross (SPEC Fig. 1).
+    """Snapshots side by side: mean reward as colour, KL as contour lines, the origin as a cross.
 
     `maps_or_datasets`: a mapping (step, slice_seed) → map or landscape dataset (dims alpha, beta[, prompt, rollout]),
     several of them, or one dataset over step and slice_seed. `steps`: which snapshots, by default 0, 1 and the last.
@@ -237,9 +237,11 @@ def pass_and_entropy_maps(data: xr.Dataset) -> dict[str, Any]:
     `quantity_map`, `figure` and `axes`. What was not measured says so.
     """
     map_ = as_map(data, ("pass_k", "entropy", "reward", "kl"))
-    solved = bool((map_["pass_k"] > 0).any())
-    scale = Normalize(0, None if solved else 1)
-    return _pair(map_, [{"name": "pass_k", "norm": scale}, {"name": "entropy", "cmap": "cividis"}], "")
+    values = map_["pass_k"]
+    nothing = bool(values.notnull().any()) and not bool((values > 0).any())
+    note = f"no rollout passes: {label_of(map_, 'pass_k')} is 0 at every point" if nothing else ""
+    scale = Normalize(0, None if not nothing else 1)
+    return _pair(map_, [{"name": "pass_k", "norm": scale}, {"name": "entropy", "cmap": "cividis"}], note)
 
 
 @styled

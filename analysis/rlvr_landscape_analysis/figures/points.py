@@ -21,6 +21,7 @@ from rlvr_landscape_analysis.figures.style import (
     styled,
 )
 from rlvr_landscape_analysis.figures.values import LABELS, as_map, heading, label_of, plane, reward_label
+from rlvr_landscape_analysis.results import statistic_name
 
 
 @styled
@@ -30,14 +31,14 @@ def kl_reward_scatter(
     ax: Axes | None = None,
     *,
     errors: bool = True,
-    value: str = "pearson",
+    value: str = "corrected",
 ) -> dict[str, Any]:
     """KL against mean reward, one point per policy of the slice, coloured by its distance from the origin.
 
     `data` is one map (dims alpha, beta; `kl`, `reward` with `<name>_se`, `radius`) or one landscape. `errors` draws
-    thin bars of two standard errors. With a `correlations` table (results.py), the plain correlation and the one
-    within shells of equal radius stand in the title with their intervals; `value` is the table's variable. Returns
-    `points`, `bars` (None without), `origin`, `colorbar`, `text` (lines about r), `message`, `ax`. Raises
+    thin bars of two standard errors. With a `correlations` table (results.py), `value`, one of its variables, stands in
+    the title with its interval, without control and within shells of equal radius, by the names that tables use.
+    Returns `points`, `bars` (None without), `origin`, `colorbar`, `text` (lines about r), `message`, `ax`. Raises
     `AnalysisError` when the table has no such step, slice or value.
     """
     map_ = as_map(data, ("reward", "kl"))
@@ -98,9 +99,10 @@ def _correlation_lines(map_: xr.Dataset, correlations: xr.Dataset, value: str) -
             raise AnalysisError(f"the table of correlations has no {name} {here}; it has {known}")
         chosen = chosen.sel({name: here})
     lines = []
-    for control, words in (("none", "plain"), ("shell", "within shells")):
+    for control in ("none", "shell"):
         if control not in chosen["control"].values:
             continue
+        words = statistic_name(value, control)
         r = float(chosen[value].sel(control=control))
         if not np.isfinite(r):
             lines.append(f"{words} r is not defined")

@@ -23,7 +23,8 @@ from rlvr_landscape_analysis.figures.style import (
     styled,
 )
 from rlvr_landscape_analysis.figures.values import reward_label
-from rlvr_landscape_analysis.results import CONTROL_NAMES, EARLY, PAIR_NAMES
+from rlvr_landscape_analysis.results import CONTROL_NAMES, EARLY, PAIR_NAMES, statistic_name
+from rlvr_landscape_analysis.schema import VERIFIER, paid_by
 
 VALUE_NAMES = {
     "corrected": "corrected for sampling noise",
@@ -42,10 +43,11 @@ def correlation_over_training(
     steps: Iterable[int] | None = None,
     ax: Axes | None = None,
 ) -> dict[str, Any]:
-    """A correlation over the slice against the training step, with its interval as a band (SPEC Fig. 2).
+    """A correlation over the slice against the training step, with its interval as a band .
 
     `correlations` has dims (step, slice_seed, pair, control, bound); `value` is `corrected`, `pearson` or another of
-    its variables with `<value>_interval`. `steps` restricts the snapshots. One line per slice; crosses on the lower
+    its variables with `<value>_interval`. The vertical axis goes from −1 to 1, but for a `contribution`, a part of a
+    correlation, over the range that it has. `steps` restricts the snapshots. One line per slice; crosses on the lower
     edge mark snapshots where the value is not defined, and a thin bar there is all that is known. Returns `series`:
     slice_seed → artists `line`, `band`, `bars`, `gaps`; `zero`, `legend`, `message`, `ax`. A series without any value
     gives a panel that says so, with the table's reason. Raises `AnalysisError` for a pair, control, value or step that
@@ -57,7 +59,7 @@ def correlation_over_training(
     what = f"correlation of {PAIR_NAMES.get(pair, pair)}"
     ax.set_ylabel(f"{what}\n{_manner(value, control)}")
     at, slices = table["step"].values, table["slice_seed"].values
-    _correlation_frame(ax, at)
+    _correlation_frame(ax, at, table if value == "contribution" else None)
     out: dict[str, Any] = {"series": {}, "zero": None, "legend": None, "message": None, "ax": ax}
     if not _anything(table, value):
         out["message"] = _say_undefined(ax, f"{what} is not defined at any snapshot", table)
@@ -73,7 +75,7 @@ def correlation_over_training(
 
 
 def early_correlation(correlations: xr.Dataset, **options: Any) -> dict[str, Any]:
-    """`correlation_over_training` over steps 0–10 (SPEC Fig. 3), on a linear axis; the same options and artists."""
+    """`correlation_over_training` over the first ten steps, on a linear axis; the same options and artists."""
     chosen: dict[str, Any] = {"steps": range(EARLY + 1), **options}
     return correlation_over_training(correlations, **chosen)
 
@@ -111,7 +113,7 @@ def controlled_over_training(
     parts = (("null", null, grey), ("plain", "none", SERIES[0]), ("controlled", control, SERIES[1]))
     for place, (role, name, style) in enumerate(parts):
         rows = table.sel(control=name)
-        words = CONTROL_NAMES.get(name, name)
+        words = statistic_name(value, name)
         undefined = not _anything(rows, value)
         for i, seed in enumerate(slices):
             label = None if i else words + (" (not defined)" if undefined else "")
@@ -219,8 +221,16 @@ def _draw_table(
     return draw_series(ax, at, rows[value].values, low, high, style, label, shade=shade, gap_height=height)
 
 
-def _correlation_frame(ax: Axes, at: np.ndarray) -> None:
+def _correlation_frame(ax: Axes, at: np.ndarray, parts: xr.Dataset | None = None) -> None:
+    """From −1 to 1 for correlations; of contributions, `parts` of one, the range that these have, with 0 in it."""
     step_axis(ax, at)
+    if parts is not None:
+        values = np.concatenate([parts[name].values.ravel() for name in parts if parts[name].dtype.kind == "f"])
+        values = np.append(values[np.isfinite(values)], 0.0)
+        margin = 0.08 * float(np.ptp(values)) or 0.1
+        ax.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        return
     ax.set_ylim(-1.05, 1.05)
     ax.set_yticks([-1, -0.5, 0, 0.5, 1], labels=["−1", "−0.5", "0", "0.5", "1"])
 
@@ -316,17 +326,18 @@ def compare_runs(runs: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     """Held-out reward of several training runs on the left, token entropy on the right (held-out and in training).
 
     `runs` are datasets of `open_training` by label. Bands are the paired interval of the gain over step 0, so runs that
-    start from one policy start from one point. Returns one entry per label with `reward` (artists of a series) and
-    `entropy` (the held-out line), and `legend`, `figure`, `axes`.
+    start from one policy start from one point. A run that a control paid is named so in the legend. Returns one entry
+    per label with `reward` (artists of a series) and `entropy` (the held-out line), and `legend`, `figure`, `axes`.
     """
     figure, axes = new_panels(1, 2, PAGE_INCHES, 2.4)
     reward_axes, entropy_axes = axes[0]
     out: dict[str, Any] = {"figure": figure, "axes": axes[0]}
     for place, (label, run) in enumerate(runs.items()):
         style = SERIES[place % len(SERIES)]
+        shown = label if paid_by(run.attrs) == VERIFIER else f"{label} ({paid_by(run.attrs)} reward)"
         first = float(run["held_out"][0])
         low, high = (first + run["gain_interval"].sel(bound=bound).values for bound in ("low", "high"))
-        drawn = draw_series(reward_axes, run["look"].values, run["held_out"].values, low, high, style, label)
+        drawn = draw_series(reward_axes, run["look"].values, run["held_out"].values, low, high, style, shown)
         entropy_axes.plot(run["step"], run["entropy"], color=style["color"], lw=0.5, alpha=0.5)
         line = entropy_axes.plot(run["look"], run["held_out_entropy"], mec="white", mew=0.3, **style)[0]
         out[label] = {"reward": drawn, "entropy": line}

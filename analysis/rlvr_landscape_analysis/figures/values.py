@@ -133,7 +133,11 @@ def _reduce(data: xr.Dataset, names: list[str]) -> xr.Dataset:
         else:
             continue
         out[name], out[f"{name}_se"] = pair["mean"], pair["standard_error"]
-    attrs = data.attrs | {"prompts": data.sizes["prompt"], "rollouts": rollouts}
+    attrs = data.attrs | {
+        "prompts": data.sizes["prompt"],
+        "rollouts": rollouts,
+        "threshold": reduced.attrs["threshold"],
+    }
     return xr.Dataset(out, attrs=attrs).drop_vars("prompt", errors="ignore")
 
 
@@ -166,9 +170,10 @@ def require(map_: xr.Dataset, name: str) -> bool:
 def label_of(map_: xr.Dataset, name: str) -> str:
     """Label with units of a map's quantity."""
     attrs = map_[name].attrs if name in map_ else {}
-    if name == "pass_k":
+    if name in ("pass_1", "pass_k"):
         found = re.search(r"pass@\d+", attrs.get("long_name", ""))
-        return found[0] if found else f"pass@{map_.attrs.get('rollouts', 'k')}"
+        known = found[0] if found else "pass@1" if name == "pass_1" else f"pass@{map_.attrs.get('rollouts', 'k')}"
+        return known + (f" (reward ≥ {map_.attrs['threshold']:g})" if "threshold" in map_.attrs else "")
     if name == "reward":
         return reward_label(map_.attrs)
     if name in LABELS:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlvr_landscape_analysis import figures as drawing
 from rlvr_landscape_analysis.results import EARLY, RunAnalysis
-from rlvr_landscape_analysis.schema import grid_name
+from rlvr_landscape_analysis.schema import SOLVED, grid_name
 
 MAX_SLICES = 3
 """Rows of a figure of panels."""
@@ -78,15 +78,15 @@ def recipes(analysis: RunAnalysis) -> list[Recipe]:
             Recipe(
                 "controlled",
                 "With the radius controlled for",
-                "Corrected for sampling noise. Where the plain line is in the grey band, the radius alone explains it. "
+                "Corrected for sampling noise. Where the corrected line lies in the grey band, the radius explains it. "
                 + bands,
                 lambda: drawing.controlled_over_training(table),
             ),
             Recipe(
                 "contribution",
                 "What lies beyond the radius",
-                "The part of the correlation that differences within shells of equal radius contribute; T1 and T2 rest "
-                f"on it. {bands}",
+                "The part of the corrected correlation that differences within shells of equal radius contribute. The "
+                f"axis ends where its values do. {bands}",
                 lambda: drawing.correlation_over_training(table, control="shell", value="contribution"),
             ),
             Recipe(
@@ -128,7 +128,8 @@ def _snapshot_recipes(analysis: RunAnalysis, key: Key) -> list[Recipe]:
         Recipe(
             f"pass_entropy_{tail}",
             f"pass@{analysis.k} and token entropy, {at}",
-            "Where the neighbourhood still solves what it tries, and how spread its answers are.",
+            f"Where the neighbourhood still solves what it tries, and how spread its answers are. A rollout passes "
+            f"with a reward of at least {float(values.attrs.get('threshold', SOLVED)):g} (option --threshold).",
             lambda: drawing.pass_and_entropy_maps(values),
         ),
         Recipe(

@@ -21,7 +21,15 @@ from rlvr_landscape_analysis.report.table import (
     signed,
     signed3,
 )
-from rlvr_landscape_analysis.results import CONTROL_NAMES, NOT_MEASURABLE, PAIR_NAMES, UNDECIDED, RunAnalysis
+from rlvr_landscape_analysis.results import (
+    CONTROL_NAMES,
+    NOT_MEASURABLE,
+    PAIR_NAMES,
+    STATISTIC_NAMES,
+    UNDECIDED,
+    RunAnalysis,
+    statistic_name,
+)
 
 SHOWN_K = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -94,25 +102,15 @@ def correlations_table(analysis: RunAnalysis) -> Table | None:
     data = analysis.correlations
     if "pair" not in data.dims:
         return None
-    shown = {
-        ("pearson", "none"): "Pearson",
-        ("spearman", "none"): "Spearman",
-        ("corrected", "none"): "corrected",
-        ("corrected", "linear"): "linear partial",
-        ("corrected", "smooth"): "smooth",
-        ("corrected", "shell"): "within shells",
-        ("corrected", "radial"): "radial null",
-        ("contribution", "shell"): "beyond the radius",
-    }
     statistics = ("pearson", "spearman", "corrected", "spearman_corrected", "contribution")
     controls = [str(c) for c in data["control"].values]
-    titles = dict(shown)
+    titles = dict(STATISTIC_NAMES)
     for statistic in statistics:
         for control in controls:
             if statistic in data:
-                titles.setdefault((statistic, control), f"{statistic}, {CONTROL_NAMES.get(control, control)}")
+                titles.setdefault((statistic, control), statistic_name(statistic, control))
     columns = [
-        Column(f"{statistic}_{control}", title, signed, shown=(statistic, control) in shown)
+        Column(f"{statistic}_{control}", title, signed, shown=(statistic, control) in STATISTIC_NAMES)
         for (statistic, control), title in titles.items()
     ]
     members = ("first", "second")
@@ -124,9 +122,9 @@ def correlations_table(analysis: RunAnalysis) -> Table | None:
     table = Table(
         "correlations",
         "Correlations over the slice",
-        f"Pearson and Spearman: of the points' means. Corrected and everything to its right: sampling noise taken out; "
-        "linear partial, smooth and within shells also take the radius out, the radial null keeps nothing else. Beyond "
-        "the radius: what differences within shells add to the corrected correlation. Intervals over prompts at "
+        f"Pearson and Spearman: of the points' means. All others: sampling noise taken out; within shells, linear "
+        "partial and smooth also take the radius out, the radial null keeps nothing else. Beyond the radius: what "
+        "differences within shells add to the corrected correlation. Intervals over prompts at "
         f"{analysis.bootstrap.level:.0%}. Reliability: share of the variance over points that is not noise, of the "
         "first and the second quantity of the pair.",
         [STEP, SLICE, Column("pair", "pair", names=PAIR_NAMES)],

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import itertools
 import json
 import tempfile
@@ -49,11 +48,6 @@ async def sampled(client: LandscapeClient, policy: Path) -> list[list[list[int]]
     return [[list(ids), completion.tokens.tolist()] for ids, completion in zip(asked, done, strict=True)]
 
 
-def digest(workers: list[dict[str, str]]) -> str:
-    """One SHA-256 for all parameters of all workers."""
-    return hashlib.sha256(json.dumps(workers, sort_keys=True).encode()).hexdigest()
-
-
 async def measure(dtype: str, given: list[list[list[int]]] | None) -> tuple[dict[str, Any], list[list[list[int]]]]:
     """The facts and numbers, and the sequences that were scored."""
     policy = open_snapshot("tiny-sorter").path
@@ -75,7 +69,7 @@ async def measure(dtype: str, given: list[list[list[int]]] | None) -> tuple[dict
                     scores = await client.score(whole)
                     kept = [part[len(prompt) - 1 :] for part, (prompt, _) in zip(scores, sequences, strict=True)]
                     points[f"{alpha},{beta}"] = {
-                        "weights": digest(await client.checksums()),
+                        "weights": await client.checksums(),
                         "step": step.realised_step,
                         "logprobs": np.concatenate(kept).astype(float).tolist(),
                     }
@@ -84,7 +78,6 @@ async def measure(dtype: str, given: list[list[list[int]]] | None) -> tuple[dict
     facts = {
         **{key: info.get(key) for key in ("vllm", "torch", "dtype", "logprobs_mode")},
         **{key: loaded[key] for key in ("move_path", "move_path_reason", "directions_fingerprint", "parameters")},
-        "origin": origin,
         "back_at_origin": back == origin,
         "same_tokens_as_given": sum(a == b for a, b in zip(own, sequences, strict=True)),
         "sequences": len(sequences),
@@ -105,7 +98,7 @@ def main() -> None:
     if given is None:
         arguments.sequences.write_text(json.dumps(sequences))
     arguments.output.write_text(json.dumps(facts))
-    print(json.dumps({key: value for key, value in facts.items() if key not in ("points", "origin")}))
+    print(json.dumps({key: value for key, value in facts.items() if key != "points"}))
 
 
 if __name__ == "__main__":

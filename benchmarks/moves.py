@@ -8,7 +8,7 @@ POST /landscape/move: pause, θ + α δ + β η, empty the caches, resume. Plain
 process. Write-and-reload is what the published experiment did: perturb in a client process (the directions ready in
 memory), write the whole checkpoint, pause, have vLLM reload it from disk, empty the caches, resume. Nothing forces the
 file to the disk, so on one machine it travels through the page cache. vLLM offers the reload over HTTP in its
-development mode only; the benchmark turns that on for its own loopback server.
+development mode only, in which a landscape server does not start; the benchmark's server has a route of its own for it.
 
 The last line is one JSON object. `ratio_vs_axpy`: move over plain arithmetic (smaller is better). `ratio_vs_reload`:
 write-and-reload over move (larger is better). `gb_per_s`: bytes that a move must touch (θ, δ and η in float32 read, the
@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import statistics
 import sys
@@ -34,13 +35,16 @@ from typing import Any
 
 import aiohttp
 import torch
+from fastapi import FastAPI, Request
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.directions import SliceSpec
+from rlvr_landscape_plugin.serving import versions
 from rlvr_landscape_plugin.serving.client import LandscapeClient
+from rlvr_landscape_plugin.serving.endpoint import LandscapeEndpoint
 from rlvr_landscape_plugin.serving.launch import command, environment, free_port, resolve_device
 from rlvr_landscape_plugin.serving.worker.engine import MoveStats, Slice
 from rlvr_landscape_plugin.snapshot import open_snapshot
@@ -98,13 +102,14 @@ class Arithmetic:
 async def serving(
     model: Path, folder: Path, config: ServerConfig
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, LandscapeClient, str]]:
-    """A server in development mode, which offers vLLM's own reload, and its address."""
+    """A server with a route for vLLM's own reload, and its address."""
     port = free_port()
-    env = environment(config, TOKEN, [model]) | {"VLLM_SERVER_DEV_MODE": "1"}
+    env = environment(config, TOKEN, [model])
+    interpreter, _, _, *arguments = command(config, model, port)
     with (folder / "server.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "rlvr_landscape_plugin.serving.tether", str(os.getpid())),
-            *command(config, model, port),
+            *(interpreter, __file__, "--serve", *arguments),
             env=env,
             stdout=log,
             stderr=log,
@@ -189,16 +194,28 @@ def compare(ours: list[dict[str, str]], theirs: list[dict[str, str]]) -> None:
 
 async def reload(session: aiohttp.ClientSession, url: str, path: Path) -> None:
     """vLLM's own reload from disk, paused as a move is, and an empty prefix cache."""
-    body = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
-    for route, content in (
-        ("pause?mode=wait&clear_cache=false", None),
-        ("collective_rpc", body),
-        ("reset_prefix_cache", None),
-        ("resume", None),
-    ):
-        async with session.post(f"{url}/{route}", json=content) as response:
-            if response.status != 200:
-                raise SystemExit(f"{route}: {response.status} {await response.text()}")
+    async with session.post(f"{url}/benchmark/reload", json={"weights_path": str(path)}) as response:
+        if response.status != 200:
+            raise SystemExit(f"reload: {response.status} {await response.text()}")
+
+
+def serve() -> None:
+    """vLLM's API server with the plugin and one route more, `/benchmark/reload`; `sys.argv` has its arguments."""
+    attach = LandscapeEndpoint.attach_router
+
+    def attach_more(self: LandscapeEndpoint, app: FastAPI) -> None:
+        async def reload_weights(request: Request) -> None:
+            await versions.pause(self._engine, readers=False)
+            await self._engine.collective_rpc("reload_weights", kwargs=await request.json())
+            await self._engine.reset_prefix_cache()
+            await self._engine.resume_generation()
+
+        attach(self, app)
+        app.add_api_route("/benchmark/reload", reload_weights, methods=["POST"])
+
+    LandscapeEndpoint.attach_router = attach_more
+    sys.argv.remove("--serve")
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 
 
 async def healthy(session: aiohttp.ClientSession, url: str, process: asyncio.subprocess.Process) -> None:
@@ -244,7 +261,9 @@ async def run(models: list[str], repeats: int, modes: list[str]) -> None:
     print(json.dumps(result))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "--serve" in sys.argv:
+    serve()
+elif __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("tiny", "135m"), default=["tiny", "135m"])
     parser.add_argument("--modes", nargs="*", choices=("half", "regenerated"), default=[])

@@ -24,6 +24,7 @@ from rlvr_landscape_plugin.serving.protocol import (
     GenerateItem,
     Sampling,
     ScoreCall,
+    logprobs_problem,
     pack,
     unpack_ids,
     unpack_logprobs,
@@ -121,13 +122,18 @@ class LandscapeClient:
             return msgspec.json.decode(await response.read())
 
     async def info(self) -> dict[str, Any]:
-        """Facts of the server; raises unless plugin and protocol are those of this client."""
+        """Facts of the server; raises unless plugin and protocol are those of this client.
+
+        Raises too if the log-probabilities of this client's sampling would not be the policy's (`logprobs_problem`).
+        """
         facts = await self._json("GET", "/landscape/info")
         if facts.get("protocol") != PROTOCOL:
             raise ServerError(
                 f"{self.url} speaks landscape protocol {facts.get('protocol')}, this client {PROTOCOL}; "
                 "install the same rlvr-landscape on both sides"
             )
+        if problem := logprobs_problem(facts.get("logprobs_mode"), self._sampling):
+            raise ServerError(f"{self.url}: {problem}")
         return facts
 
     async def checksums(self) -> list[dict[str, str]]:

@@ -13,7 +13,9 @@ refused unless the state is `clean` and, where the caller names a version, unles
 stays paused, so that vLLM's own routes do not answer from a mixture either; a successful move cleans it.
 
 Every route wants the bearer token of the environment variable RLVR_LANDSCAPE_TOKEN; without that variable all are
-refused. Snapshots and directions are read only below the directories named in RLVR_LANDSCAPE_ROOTS.
+refused. Snapshots and directions are read only below the directories named in RLVR_LANDSCAPE_ROOTS (access.py). vLLM's
+own version of the weights, where it keeps one, is compared with `version`: if somebody else updated the weights, the
+state is `unknown` again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import time
 import uuid
 from argparse import Namespace
@@ -38,22 +39,26 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from rlvr_landscape_plugin.serving import versions
+from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import (
     MAX_BODY_BYTES,
+    MAX_REQUESTS,
     MOVE_PATH_VARIABLE,
     PROTOCOL,
-    ROOTS_VARIABLE,
     TOKEN_VARIABLE,
     GenerateCall,
     LoadCall,
     MoveCall,
+    Sampling,
     ScoreCall,
+    logprobs_problem,
     pack,
     unpack_ids,
 )
 
 logger = logging.getLogger("vllm.rlvr_landscape")
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class LandscapeEndpoint:
@@ -87,7 +92,10 @@ class LandscapeEndpoint:
             app.add_api_route(path, self._guarded(handler), methods=[method], include_in_schema=False)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Remember the engine and the facts that datasets record."""
+        """Remember the engine and the facts that datasets record.
+
+        Raises for a landscape server in vLLM's development mode, which ends its start.
+        """
         if engine_client is None:
             return
         import torch
@@ -97,6 +105,8 @@ class LandscapeEndpoint:
         config = engine_client.vllm_config
         transfer = config.weight_transfer_config
         model = config.model_config
+        if getattr(transfer, "backend", None) == "landscape":
+            access.refuse_development_mode()
         self._facts = {
             "protocol": PROTOCOL,
             "vllm": vllm.__version__,
@@ -105,6 +115,7 @@ class LandscapeEndpoint:
             "served_model_name": str(model.served_model_name),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(config.device_config.device_type),
+            "logprobs_mode": str(model.logprobs_mode),
             "max_model_len": int(model.max_model_len),
             "vocab_size": int(model.get_vocab_size()),
             "tensor_parallel_size": int(config.parallel_config.tensor_parallel_size),
@@ -133,6 +144,7 @@ class LandscapeEndpoint:
         return route
 
     async def _info(self, request: Request) -> JSONResponse:
+        await self._compare_versions()
         return JSONResponse({**self._facts, **self._standing()})
 
     async def _checksums(self, request: Request) -> JSONResponse:
@@ -144,6 +156,16 @@ class LandscapeEndpoint:
             )
             return JSONResponse({"version": self._version, "workers": workers})
 
+    async def _compare_versions(self) -> None:
+        """Weights that somebody else updated, past our routes, are no longer those of any point."""
+        if self._state != "clean" or self._lock.locked():
+            return  # nothing to compare, or we are writing ourselves
+        ours = self._version
+        theirs = await versions.weight_version(self._engine)
+        if theirs is not None and theirs != ours and (self._state, self._version) == ("clean", ours):
+            logger.error("vLLM holds weights of version %s, landscape moved to %s: somebody else wrote", theirs, ours)
+            self._state, self._at, self._version = "unknown", None, "unknown"
+
     def _standing(self) -> dict[str, Any]:
         return {"state": self._state, "version": self._version, "at": self._at, "loaded": self._loaded}
 
@@ -151,8 +173,11 @@ class LandscapeEndpoint:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         call = await _body(request, LoadCall)
-        path = _confined(call.snapshot, "snapshot")
-        files = {axis: str(_confined(file, f"direction {axis}")) for axis, file in call.directions.items()}
+        try:
+            path = access.confined_snapshot(call.snapshot)
+            files = {axis: str(access.confined(file, f"direction {axis}")) for axis, file in call.directions.items()}
+        except access.AccessError as error:
+            raise HTTPException(error.status, str(error)) from error
         async with self._lock:
             reports = await self._with_reports(
                 lambda folder: self._engine.init_weight_transfer_engine(
@@ -181,6 +206,8 @@ class LandscapeEndpoint:
         call = await _body(request, MoveCall)
         if not (math.isfinite(call.alpha) and math.isfinite(call.beta)):
             raise HTTPException(422, f"alpha and beta must be finite, got {call.alpha} and {call.beta}")
+        if max(abs(call.alpha), abs(call.beta)) > _LARGEST:
+            raise HTTPException(422, f"alpha and beta must fit float32, got {call.alpha} and {call.beta}")
         async with self._lock:
             loaded = self._loaded
             if loaded is None:
@@ -195,6 +222,8 @@ class LandscapeEndpoint:
             before = (self._state, self._at)
             self._state = "moving"
             try:
+                if before[0] not in ("clean", "unknown"):
+                    await self._close_update()
                 await versions.pause(self._engine, readers=self._reading > 0)
                 clock.append(time.perf_counter())
                 await self._engine.start_weight_update()
@@ -219,6 +248,7 @@ class LandscapeEndpoint:
             except Exception as error:  # whatever failed, weights or caches may be of two policies
                 self._state, self._at, self._version = "dirty", None, "dirty"
                 logger.exception("landscape move to (%s, %s) failed", call.alpha, call.beta)
+                await self._close_update()
                 raise HTTPException(
                     500,
                     f"the move to ({call.alpha}, {call.beta}) failed and the weights are dirty: {error}; the server "
@@ -232,10 +262,17 @@ class LandscapeEndpoint:
             seconds = dict(zip(("pause", "write", "reset", "resume"), np.diff(clock).tolist(), strict=True))
             return JSONResponse({**self._standing(), "realised_step": _realised_step(reports), "seconds": seconds})
 
+    async def _close_update(self) -> None:
+        """End vLLM's update session if one is open: the next move opens its own, which fails while another is."""
+        try:
+            await versions.finish_update(self._engine, "dirty")
+        except Exception as error:  # none was open on some worker, or the engine is gone, which the next call will say
+            logger.info("no update of the weights was open: %s", error)
+
     async def _with_reports(self, call: Callable[[str], Awaitable[Any]]) -> list[dict[str, Any]]:
-        with tempfile.TemporaryDirectory(prefix="rlvr-landscape-") as folder:
-            await call(folder)
-            reports = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
+        with access.report_directory() as folder:
+            await call(str(folder))
+            reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
         if not reports:
             raise RuntimeError("no worker left a report; workers on other machines are not supported yet")
         return reports
@@ -252,8 +289,12 @@ class LandscapeEndpoint:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         call = await _body(request, GenerateCall)
+        _bounded(len(call.requests))
         self._require(call.version)
         version = self._version
+        if problem := logprobs_problem(self._facts["logprobs_mode"], call.sampling):
+            raise HTTPException(422, problem)
+        compared = asyncio.ensure_future(self._compare_versions())
 
         async def one(index: int) -> dict[str, Any]:
             item = call.requests[index]
@@ -269,6 +310,7 @@ class LandscapeEndpoint:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             output = await self._last(unpack_ids(item.prompt).tolist(), params)
+            await compared
             completion = output.outputs[0]
             tokens = np.asarray(completion.token_ids, dtype=np.int32)
             spans = versions.sampled_versions(completion)
@@ -283,8 +325,12 @@ class LandscapeEndpoint:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         call = await _body(request, ScoreCall)
+        _bounded(len(call.sequences))
         self._require(call.version)
         version = self._version
+        if problem := logprobs_problem(self._facts["logprobs_mode"], Sampling()):
+            raise HTTPException(422, problem)
+        compared = asyncio.ensure_future(self._compare_versions())
         params = SamplingParams(
             temperature=0.0,
             max_tokens=1,
@@ -297,6 +343,7 @@ class LandscapeEndpoint:
         async def one(index: int) -> dict[str, Any]:
             tokens = unpack_ids(call.sequences[index])
             output = await self._last(tokens.tolist(), params)
+            await compared
             if version != self._version:
                 raise RuntimeError("the weights changed while this sequence was scored")
             return {"logprobs": pack(_flat(output.prompt_logprobs, tokens, first=1))}
@@ -364,14 +411,9 @@ async def _body(request: Request, kind: type[Any]) -> Any:
         raise HTTPException(422, f"bad request body: {error}") from error
 
 
-def _confined(given: str, what: str) -> Path:
-    roots = [Path(root).resolve() for root in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if root]
-    if not roots:
-        raise HTTPException(503, f"set {ROOTS_VARIABLE} to the directories this server may read snapshots from")
-    path = Path(given).resolve()
-    if not any(path.is_relative_to(root) for root in roots):
-        raise HTTPException(403, f"{what} {given} is outside the server's {ROOTS_VARIABLE}; add its directory there")
-    return path
+def _bounded(count: int) -> None:
+    if count > MAX_REQUESTS:
+        raise HTTPException(413, f"one call may have at most {MAX_REQUESTS} requests, got {count}; send several calls")
 
 
 def _first_error(reports: list[dict[str, Any]]) -> str | None:

@@ -27,8 +27,13 @@ import aiohttp
 
 from rlvr_landscape_plugin.config import LaunchConfig, ServerConfig, load_config
 from rlvr_landscape_plugin.errors import ServerError, run_cli
-from rlvr_landscape_plugin.serving import versions
-from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, ROOTS_VARIABLE, TOKEN_VARIABLE
+from rlvr_landscape_plugin.serving import access, versions
+from rlvr_landscape_plugin.serving.protocol import (
+    DIRECTIONS_MEMORY_VARIABLE,
+    LOGPROBS_MODE,
+    ROOTS_VARIABLE,
+    TOKEN_VARIABLE,
+)
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
 HOST = "127.0.0.1"
@@ -83,6 +88,7 @@ def command(config: ServerConfig, model: Path, port: int) -> list[str]:
         *("--max-num-batched-tokens", str(config.max_num_batched_tokens)),
         *("--tensor-parallel-size", str(config.tensor_parallel_size)),
         *("--weight-transfer-config", json.dumps({"backend": "landscape"})),
+        *("--logprobs-mode", LOGPROBS_MODE),
         "--enable-prefix-caching" if config.enable_prefix_caching else "--no-enable-prefix-caching",
         *("--uvicorn-log-level", "warning"),
     ]
@@ -103,9 +109,11 @@ def environment(config: ServerConfig, token: str, roots: Sequence[Path]) -> dict
     plugins = [name for name in env.get("VLLM_PLUGINS", "").split(",") if name]
     env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, "rlvr_landscape"]))
     env[TOKEN_VARIABLE] = token
-    env[ROOTS_VARIABLE] = os.pathsep.join(str(root) for root in roots)
+    # A snapshot may be a directory of links, as in the Hub's cache; whoever names it means what they lead to.
+    readable = [*roots, *(file for root in roots for file in access.linked_files(root))]
+    env[ROOTS_VARIABLE] = os.pathsep.join(str(path) for path in readable)
     env[DIRECTIONS_MEMORY_VARIABLE] = config.directions_memory
-    env.pop("VLLM_SERVER_DEV_MODE", None)
+    env.pop(access.DEVELOPMENT_VARIABLE, None)
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
     env.setdefault("HF_HUB_OFFLINE", "1")
     env.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "60")

@@ -11,6 +11,10 @@ import numpy as np
 PROTOCOL = 3
 """Raised whenever a message changes; client and server must agree."""
 MAX_BODY_BYTES = 256 * 2**20
+MAX_REQUESTS = 1024
+"""Turns or sequences in one call; a server that works through more answers nothing else meanwhile."""
+LOGPROBS_MODE = "raw_logprobs"
+"""vLLM's `--logprobs-mode` of a server that is started here: log π of the policy itself, whatever the sampling."""
 TOKEN_VARIABLE = "RLVR_LANDSCAPE_TOKEN"
 """Environment variable with the bearer token, on both sides."""
 ROOTS_VARIABLE = "RLVR_LANDSCAPE_ROOTS"
@@ -85,3 +89,22 @@ def unpack_ids(text: str) -> np.ndarray:
 def unpack_logprobs(text: str) -> np.ndarray:
     """Log-probabilities in nat, float32, 1-D, read-only."""
     return np.frombuffer(binascii.a2b_base64(text), dtype="<f4")
+
+
+def logprobs_problem(mode: str | None, sampling: Sampling) -> str | None:
+    """Why the log-probabilities of a server in this `--logprobs-mode` are not those of the policy; None if they are.
+
+    Raw and processed ones are the same at temperature 1 and top_p 1. `mode` None: the server does not say.
+    """
+    plain = sampling.temperature == 1 and sampling.top_p == 1
+    if mode == LOGPROBS_MODE or (plain and mode in ("processed_logprobs", None)):
+        return None
+    if mode is not None and mode.endswith("_logits"):
+        return f"the server runs with --logprobs-mode {mode}, so it answers logits; start it with {LOGPROBS_MODE}"
+    said = "does not say its --logprobs-mode" if mode is None else f"runs with --logprobs-mode {mode}"
+    return (
+        f"the server {said}; at sampling.temperature = {sampling.temperature:g} and sampling.top_p = "
+        f"{sampling.top_p:g} its log-probabilities would be those of the distribution that was sampled from, while "
+        f"scores are those of the policy at temperature 1: start it with --logprobs-mode {LOGPROBS_MODE}, or set both "
+        "to 1"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -25,9 +26,9 @@ from conftest import POLICY
 from safetensors.torch import load_file
 
 from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, scaled_direction
-from rlvr_landscape_plugin.serving import versions
+from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.launch import free_port
-from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, MOVE_PATH_VARIABLE
+from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, MOVE_PATH_VARIABLE, ROOTS_VARIABLE
 from rlvr_landscape_plugin.serving.worker import kernel_layout
 from rlvr_landscape_plugin.serving.worker.engine import (
     LandscapeEngine,
@@ -73,6 +74,7 @@ def engine(tmp_path, monkeypatch) -> LandscapeEngine:
     # The stub has no layers to reload layer by layer; vLLM's own path runs in test_server.py.
     monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda model: None)
     monkeypatch.setattr(reload, "finalize_layerwise_reload", lambda model, config: None)
+    monkeypatch.setenv(ROOTS_VARIABLE, os.pathsep.join([str(POLICY), str(tmp_path)]))
     monkeypatch.setattr(versions, "worker_config", lambda config: contextlib.nullcontext())
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(rank=0),
@@ -82,74 +84,79 @@ def engine(tmp_path, monkeypatch) -> LandscapeEngine:
     return LandscapeEngine(SimpleNamespace(backend="landscape"), config, torch.device("cpu"), model)  # type: ignore
 
 
-def call(engine: LandscapeEngine, folder: Path, alpha: float, beta: float) -> dict:
-    engine.receive_weights(MoveRequest(alpha, beta, str(folder)))
-    return json.loads((folder / "rank0.json").read_text())
+def reported(do: Callable[[str], None], rank: int = 0) -> dict:
+    """What a call of the engine wrote into its report directory."""
+    with access.report_directory() as folder:
+        do(str(folder))
+        return json.loads((folder / f"rank{rank}.json").read_text())
 
 
-def load(engine: LandscapeEngine, folder: Path, snapshot: Path = POLICY) -> dict:
-    engine.init_transfer_engine(LoadRequest(str(folder), str(snapshot), {"seed": 0}))
-    return json.loads((folder / "rank0.json").read_text())
+def call(engine: LandscapeEngine, alpha: float, beta: float) -> dict:
+    return reported(lambda folder: engine.receive_weights(MoveRequest(alpha, beta, folder)))
+
+
+def load(engine: LandscapeEngine, snapshot: Path = POLICY) -> dict:
+    return reported(lambda folder: engine.init_transfer_engine(LoadRequest(folder, str(snapshot), {"seed": 0})))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_failed_move_goes_back(engine, tmp_path):
-    load(engine, tmp_path)
-    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved"
+def test_a_failed_move_goes_back(engine):
+    load(engine)
+    assert call(engine, 0.1, 0.0)["weights"] == "moved"
     before = engine.model.state()
     engine.model.fail_after = [5]
-    outcome = call(engine, tmp_path, -0.1, 0.0)
+    outcome = call(engine, -0.1, 0.0)
     assert outcome["weights"] == "restored"
     assert "device lost" in outcome["error"]
     assert same(engine.model.state(), before)
 
 
-def test_a_move_that_cannot_go_back_is_dirty_until_one_succeeds(engine, tmp_path):
-    load(engine, tmp_path)
+def test_a_move_that_cannot_go_back_is_dirty_until_one_succeeds(engine):
+    load(engine)
     origin = engine.model.state()
-    call(engine, tmp_path, 0.1, 0.0)
+    call(engine, 0.1, 0.0)
     engine.model.fail_after = [5, 3]
-    assert call(engine, tmp_path, -0.1, 0.0)["weights"] == "dirty"
+    assert call(engine, -0.1, 0.0)["weights"] == "dirty"
     engine.model.fail_after = [2]
-    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "dirty", "nothing whole to go back to"
-    assert call(engine, tmp_path, 0.0, 0.0)["weights"] == "moved"
+    assert call(engine, 0.1, 0.0)["weights"] == "dirty", "nothing whole to go back to"
+    assert call(engine, 0.0, 0.0)["weights"] == "moved"
     assert same(engine.model.state(), origin)
 
 
-def test_the_first_move_has_nothing_to_go_back_to(engine, tmp_path):
-    load(engine, tmp_path)
+def test_the_first_move_has_nothing_to_go_back_to(engine):
+    load(engine)
     engine.model.fail_after = [1]
-    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "dirty"
+    assert call(engine, 0.1, 0.0)["weights"] == "dirty"
 
 
-def test_moving_without_a_snapshot_is_an_error(engine, tmp_path):
-    outcome = call(engine, tmp_path, 0.1, 0.0)
+def test_moving_without_a_snapshot_is_an_error(engine):
+    outcome = call(engine, 0.1, 0.0)
     assert outcome["weights"] == "unchanged"
     assert "no snapshot" in outcome["error"]
 
 
 def test_a_refused_snapshot_leaves_the_old_slice_in_force(engine, tmp_path):
-    load(engine, tmp_path)
+    load(engine)
     bad = tmp_path / "bad"
     shutil.copytree(POLICY, bad)
     (bad / "model.safetensors").write_bytes((POLICY / "model.safetensors").read_bytes()[:-8])
-    assert "not a whole safetensors file" in load(engine, tmp_path, bad)["error"]
-    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved"
+    assert "not a whole safetensors file" in load(engine, bad)["error"]
+    assert call(engine, 0.1, 0.0)["weights"] == "moved"
 
 
-def test_nothing_drifts_over_many_moves(engine, tmp_path):
-    load(engine, tmp_path)
+def test_nothing_drifts_over_many_moves(engine):
+    load(engine)
     origin = engine.model.state()
-    call(engine, tmp_path, 0.07, -0.03)
+    call(engine, 0.07, -0.03)
     once = engine.model.state()
     for step in range(20):
-        call(engine, tmp_path, 0.01 * step, -0.02 * step)
-    call(engine, tmp_path, 0.07, -0.03)
+        call(engine, 0.01 * step, -0.02 * step)
+    call(engine, 0.07, -0.03)
     assert same(engine.model.state(), once)
-    call(engine, tmp_path, 0.0, 0.0)
+    call(engine, 0.0, 0.0)
     assert same(engine.model.state(), origin)
 
 
@@ -220,8 +227,8 @@ def test_blocks_and_threads_leave_the_bits_of_one_whole_tensor(stored, served, d
         assert changed == pytest.approx(stats.changed, rel=1e-5)
 
 
-def test_a_failed_move_in_kernel_layout_goes_back(engine, tmp_path, monkeypatch):
-    load(engine, tmp_path)
+def test_a_failed_move_in_kernel_layout_goes_back(engine, monkeypatch):
+    load(engine)
     slice_ = engine._state.how
     engine._state.how = Layout(
         [
@@ -234,7 +241,7 @@ def test_a_failed_move_in_kernel_layout_goes_back(engine, tmp_path, monkeypatch)
         ],
         torch.device("cpu"),
     )
-    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved"
+    assert call(engine, 0.1, 0.0)["weights"] == "moved"
     before = engine.model.state()
     whole, failures = kernel_layout._move_chunks, [1]
 
@@ -246,7 +253,7 @@ def test_a_failed_move_in_kernel_layout_goes_back(engine, tmp_path, monkeypatch)
         return whole(chunks, alpha, beta)
 
     monkeypatch.setattr(kernel_layout, "_move_chunks", half)
-    outcome = call(engine, tmp_path, -0.1, 0.0)
+    outcome = call(engine, -0.1, 0.0)
     assert (outcome["weights"], outcome["error"]) == ("restored", "RuntimeError: device lost")
     assert same(engine.model.state(), before)
 
@@ -306,25 +313,25 @@ class Trip:
     memory: str = "auto"
 
 
-def travel(trip: Trip, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
+def travel(trip: Trip, rank: int, ranks: int) -> dict[str, Any]:
     """What a rank reports and holds on the way."""
     from vllm.config import set_current_vllm_config
 
     os.environ[MOVE_PATH_VARIABLE] = trip.path
     os.environ[DIRECTIONS_MEMORY_VARIABLE] = trip.memory
+    os.environ[ROOTS_VARIABLE] = str(trip.snapshot)
     model, config = built(trip.snapshot, trip.dtype, rank, ranks)
     if trip.change is not None:
         trip.change(model)
     fresh = checksums(model)
     engine = LandscapeEngine(SimpleNamespace(backend="landscape"), config, torch.device("cpu"), model)  # type: ignore
-    folder.mkdir(parents=True, exist_ok=True)
     with set_current_vllm_config(config):
-        engine.init_transfer_engine(LoadRequest(str(folder), str(trip.snapshot), {"seed": 0}))
-        loaded = json.loads((folder / f"rank{rank}.json").read_text())
+        request = {"snapshot": str(trip.snapshot), "slice": {"seed": 0}}
+        loaded = reported(lambda place: engine.init_transfer_engine(LoadRequest(place, **request)), rank)
         held, moves, products = [checksums(model)], [], []
         for alpha, beta in POINTS:
-            engine.receive_weights(MoveRequest(alpha, beta, str(folder)))
-            moves.append(json.loads((folder / f"rank{rank}.json").read_text()))
+            move = functools.partial(MoveRequest, alpha, beta)
+            moves.append(reported(lambda place, move=move: engine.receive_weights(move(place)), rank))
             held.append(checksums(model))
             products.append(wrong_products(model))
     return {"fresh": fresh, "loaded": loaded, "held": held, "moves": moves, "products": products}
@@ -358,7 +365,8 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, trips: dict[str, Tr
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
         initialize_model_parallel(ranks)
-    results = {name: travel(trip, rank, ranks, folder / name) for name, trip in trips.items()}
+    results = {name: travel(trip, rank, ranks) for name, trip in trips.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"results{rank}.json").write_text(json.dumps(results))
 
 

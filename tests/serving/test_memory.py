@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +13,7 @@ import numpy as np
 import torch
 from conftest import POLICY, ServerThread
 from safetensors.torch import load_file
-from test_engine import POINTS, call, engine, load, nearest_bfloat16, random_qwen2, same
+from test_engine import POINTS, call, engine, load, nearest_bfloat16, random_qwen2, reported, same
 
 from rlvr_landscape_plugin.config import ServerConfig, SweepConfig
 from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, global_scales, scaled_direction
@@ -81,9 +79,8 @@ def test_free_memory_is_that_of_the_tightest_group(tmp_path):
     assert memory.free_on_host(tmp_path) == 8000 * 1024
 
 
-def load_slice(engine: LandscapeEngine, folder: Path, spec: SliceSpec, files: dict[str, str]) -> dict:
-    engine.init_transfer_engine(LoadRequest(str(folder), str(POLICY), spec.as_dict(), files))
-    return json.loads((folder / "rank0.json").read_text())
+def load_slice(engine: LandscapeEngine, spec: SliceSpec, files: dict[str, str]) -> dict:
+    return reported(lambda folder: engine.init_transfer_engine(LoadRequest(folder, str(POLICY), spec.as_dict(), files)))
 
 
 @pytest.mark.parametrize("mode", ["float32", "half", "regenerated"])
@@ -99,12 +96,12 @@ def test_every_mode_moves_along_the_slice_and_back(engine, tmp_path, monkeypatch
     write_safetensors(file, {name: values.shape for name, values in given.items()}, given.values())
     alpha = DirectionSpec("file", "none", sha256=file_sha256(file))
     spec = SliceSpec(3, normalization, exclude=(still,), alpha=alpha)
-    facts = load_slice(engine, tmp_path, spec, {"alpha": str(file)})
+    facts = load_slice(engine, spec, {"alpha": str(file)})
     assert facts["directions_dtype"] == ("bfloat16" if mode == "half" else "float32")
     assert facts["moving_parameters"] == sum(values.size for values in given.values())
     origin = engine.model.state()
 
-    outcome = call(engine, tmp_path, 3e5, -0.15)
+    outcome = call(engine, 3e5, -0.15)
     scales = global_scales(spec, theta, theta.__getitem__)
     changed = 0.0
     for name, values in engine.model.state().items():
@@ -120,7 +117,7 @@ def test_every_mode_moves_along_the_slice_and_back(engine, tmp_path, monkeypatch
         np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=3e-7 * scale, err_msg=name)
         changed += float(np.square(expected - weight).sum())
     assert outcome["changed"] == pytest.approx(changed, rel=1e-4)
-    call(engine, tmp_path, 0.0, 0.0)
+    call(engine, 0.0, 0.0)
     assert same(engine.model.state(), origin)
     assert all(np.array_equal(origin[name].numpy(), theta[name]) for name in theta)
 
@@ -135,9 +132,9 @@ def test_half_precision_turns_a_random_direction_by_a_tenth_of_a_degree():
         assert ((rounded - exact).abs() <= exact.abs() / 256).all()
 
 
-def test_a_slice_that_fits_nowhere_is_regenerated(engine, tmp_path, monkeypatch):
+def test_a_slice_that_fits_nowhere_is_regenerated(engine, monkeypatch):
     monkeypatch.delenv(DIRECTIONS_MEMORY_VARIABLE, raising=False)
-    need = 8 * load(engine, tmp_path)["moving_parameters"]
+    need = 8 * load(engine)["moving_parameters"]
     for free, workers, expected in (
         (1.3 * need, 1, "float32 on the host"),
         (1.2 * need, 1, "regenerated for each move"),
@@ -147,22 +144,22 @@ def test_a_slice_that_fits_nowhere_is_regenerated(engine, tmp_path, monkeypatch)
         monkeypatch.setattr(memory, "free_on_host", lambda free=free: free)
         monkeypatch.setattr(engine.parallel_config, "local_world_size", workers, raising=False)
         engine._state = None
-        facts = load(engine, tmp_path)
+        facts = load(engine)
         assert (facts["directions_memory"], facts["directions_dtype"]) == (expected, "float32")
         assert "GiB free on the host" in facts["directions_memory_reason"]
     monkeypatch.setattr(memory, "free_on_host", lambda: 0.6 * need)
-    facts = load(engine, tmp_path)
+    facts = load(engine)
     assert facts["directions_memory"] == "float32 on the host", "what the slice before gives back counts as free"
 
 
-def test_a_mode_that_is_none_is_refused_by_name(engine, tmp_path, monkeypatch):
-    load(engine, tmp_path)
+def test_a_mode_that_is_none_is_refused_by_name(engine, monkeypatch):
+    load(engine)
     monkeypatch.setenv(DIRECTIONS_MEMORY_VARIABLE, "float16")
-    assert load(engine, tmp_path)["error"] == (
+    assert load(engine)["error"] == (
         "RLVR_LANDSCAPE_DIRECTIONS_MEMORY is 'float16' in the server's environment; it must be auto, float32, half or "
         "regenerated"
     )
-    assert call(engine, tmp_path, 0.1, 0.0)["weights"] == "moved", "the slice before stays in force"
+    assert call(engine, 0.1, 0.0)["weights"] == "moved", "the slice before stays in force"
 
 
 def test_a_launched_server_is_told_and_only_half_is_provenance(monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import aiohttp
@@ -17,10 +19,13 @@ from conftest import POLICY, TASKSET
 from safetensors.torch import load_file, save_file
 
 from rlvr_landscape_plugin.config import ServerConfig
+from rlvr_landscape_plugin.directions import DirectionSpec, SliceSpec
 from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.serving.access import DEVELOPMENT_VARIABLE
 from rlvr_landscape_plugin.serving.client import LandscapeClient
-from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
-from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE, Sampling
+from rlvr_landscape_plugin.serving.launch import LocalServer, command, environment, free_port, local_server
+from rlvr_landscape_plugin.serving.protocol import MAX_REQUESTS, MOVE_PATH_VARIABLE, Sampling
+from rlvr_landscape_plugin.snapshot import file_sha256, write_safetensors
 
 pytestmark = pytest.mark.server
 SLICE = {"seed": 0}
@@ -298,3 +303,84 @@ async def test_stock_chat_route_serves_the_moved_policy(server):
             async with session.post(f"{server.url}/v1/completions", json=body) as response:
                 choice = (await response.json())["choices"][0]
         assert choice["token_ids"] == reference.greedy(model, prompt, len(choice["token_ids"]))
+
+
+async def test_files_outside_the_roots_are_refused_wherever_they_are_named(server, playground, tmp_path):
+    """A link, and a name in an index, out of a directory that the server may read."""
+    shutil.copytree(POLICY, outside := tmp_path / "outside")
+    linked, indexed = playground / "linked", playground / "indexed"
+    shutil.copytree(POLICY, linked)
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(outside / "model.safetensors")
+    shutil.copytree(POLICY, indexed)
+    (indexed / "model.safetensors").unlink()
+    target = os.path.relpath(outside / "model.safetensors", indexed)
+    names = load_file(POLICY / "model.safetensors")
+    (indexed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, target)}))
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0, 0)
+        before = await client.checksums()
+        for snapshot in (linked, indexed):
+            with pytest.raises(ServerError, match=r"model\.safetensors .*outside the server's.*HTTP 403"):
+                await client.load(str(snapshot), SLICE)
+        assert await client.checksums() == before
+
+
+async def test_more_requests_than_a_call_may_have_are_refused(server):
+    headers = {"Authorization": f"Bearer {server.token}"}
+    body = json.dumps({"sequences": [""] * (MAX_REQUESTS + 1)})
+    async with aiohttp.ClientSession(headers=headers) as session:
+        async with session.post(f"{server.url}/landscape/score", data=body) as response:
+            assert response.status == 413
+            assert "send several calls" in await response.text()
+
+
+async def test_vllm_knows_the_version_of_every_move(server):
+    """So that an update past our routes shows."""
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0.05, 0)
+        facts = await client.info()
+        assert (facts["state"], facts["version"], facts["logprobs_mode"]) == ("clean", client.version, "raw_logprobs")
+
+
+@pytest.mark.slow
+async def test_a_server_comes_back_after_a_first_move_that_failed(tmp_path):
+    """Its direction's file is gone when the first move after the load needs it; another load and move mend it.
+
+    The server was started for processed log-probabilities, which only sampling at temperature 1 can use.
+    """
+    names = load_file(POLICY / "model.safetensors")
+    file = tmp_path / "direction.safetensors"
+    write_safetensors(file, {n: w.shape for n, w in names.items()}, (1e-3 * w.numpy() for w in names.values()))
+    along = SliceSpec(0, "none", alpha=DirectionSpec("file", "none", sha256=file_sha256(file))).as_dict()
+    extra = ["--logprobs-mode", "processed_logprobs"]
+    config = ServerConfig(device="cpu", directions_memory="regenerated", extra_args=extra)
+    async with local_server(config, POLICY, [POLICY, tmp_path], tmp_path / "log") as other:
+        async with client_of(other, sampling=Sampling(temperature=0.7)) as warm:
+            with pytest.raises(ServerError, match=r"processed_logprobs; at sampling\.temperature = 0\.7"):
+                await warm.info()
+        async with client_of(other) as client:
+            assert (await client.info())["logprobs_mode"] == "processed_logprobs"
+            await client.load(str(POLICY), along, {"alpha": str(file)})
+            file.rename(tmp_path / "away")
+            with pytest.raises(ServerError, match=r"weights are dirty.*direction\.safetensors"):
+                await client.move(0.5, 0)
+            assert (await client.info())["state"] == "dirty"
+            await client.load(str(POLICY), SLICE)
+            await client.move(0.0, 0.0)
+            scores = await client.score([np.asarray(ids, dtype=np.int32) for ids in prompts(2)])
+            model = reference.perturbed(POLICY, 0, 0, 0)
+            for ids, scored in zip(prompts(2), scores, strict=True):
+                np.testing.assert_allclose(scored, reference.logprobs(model, ids), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_landscape_server_does_not_start_in_development_mode(tmp_path):
+    """As somebody starts it by hand: vLLM would let anybody move its weights."""
+    config = ServerConfig(device="cpu")
+    env = environment(config, "token", [POLICY]) | {DEVELOPMENT_VARIABLE: "1"}
+    done = subprocess.run(command(config, POLICY, free_port()), env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    assert "VLLM_SERVER_DEV_MODE is set" in done.stdout + done.stderr

@@ -41,7 +41,7 @@ from rlvr_landscape_plugin.directions import (
     open_direction,
     scaled_direction,
 )
-from rlvr_landscape_plugin.serving import versions
+from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
 from rlvr_landscape_plugin.serving.worker import memory
 from rlvr_landscape_plugin.serving.worker.kernel_layout import (
@@ -310,6 +310,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
+        access.refuse_development_mode()
         self._state: _State | None = None
         self._plain = False
         """Whether linear layers of this CPU hold their weights as they are from now on."""
@@ -317,9 +318,12 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
     def init_transfer_engine(self, init_info: LoadRequest) -> None:
         """Read, check and scale; on any error the report says what failed, and the slice held before stays in force.
 
+        Raises `AccessError` for a report directory that the routes did not make.
+
         Only if weights could not be put back after the trial of the kernel path is no slice held, and the report says
         `dirty`.
         """
+        access.check_report_directory(init_info.report)
         if not init_info.snapshot:
             self._report(init_info.report, checksums(self.model))
             return
@@ -329,12 +333,15 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         try:
             wish = memory.asked()
             self._check_kernels()
-            snapshot = open_snapshot(init_info.snapshot)
+            snapshot = open_snapshot(access.confined_snapshot(init_info.snapshot))
+            files = {
+                axis: str(access.confined(file, f"direction {axis}")) for axis, file in init_info.directions.items()
+            }
             served = open_snapshot(self.model_config.model)
             compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
             spec = SliceSpec(**init_info.slice)
             dtype = memory.HALF if wish == "half" else torch.float32
-            slice_ = Slice.build(_load_tensors(snapshot), spec, init_info.directions, dtype)
+            slice_ = Slice.build(_load_tensors(snapshot), spec, files, dtype)
             moving = sum(slice_.theta[name].numel() for name in slice_.moving)
             theta_squared = slice_.theta_squared
         except (ValueError, OSError, TypeError) as error:
@@ -505,6 +512,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
 
     def receive_weights(self, update_info: MoveRequest) -> None:
         """Move. If writing fails half-way, go back to the coordinates before; the report says which it was."""
+        access.check_report_directory(update_info.report)
         started = time.perf_counter()
         state = self._state
         if state is None:

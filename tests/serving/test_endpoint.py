@@ -1,0 +1,320 @@
+"""The routes in front of an engine that keeps vLLM's rules of a weight update: sessions, versions, failures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="fastapi comes with vLLM")
+
+from fastapi import FastAPI
+
+from rlvr_landscape_plugin.config import ServerConfig
+from rlvr_landscape_plugin.serving import access, endpoint
+from rlvr_landscape_plugin.serving.launch import command
+from rlvr_landscape_plugin.serving.protocol import (
+    LOGPROBS_MODE,
+    MAX_REQUESTS,
+    ROOTS_VARIABLE,
+    TOKEN_VARIABLE,
+    Sampling,
+    logprobs_problem,
+    pack,
+)
+
+TOKENS = np.array([5, 6, 7], dtype=np.int32)
+
+
+class Request:
+    """vLLM's request classes: a dict under a name."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+
+
+class Flat:
+    """vLLM's flat log-probabilities of TOKENS."""
+
+    token_ids = TOKENS.tolist()
+    start_indices = (0, 1, 2)
+    logprobs = (-0.5, -1.0, -1.5)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+class Engine:
+    """The front end of vLLM and its one worker, as far as weight updates go."""
+
+    def __init__(self, backend: str = "landscape", logprobs_mode: str = "raw_logprobs", versions: bool = True) -> None:
+        self.active, self.version, self.paused = False, "default", False
+        self.outcomes: list[str | Exception] = []
+        """What the next updates do: the worker's word of the weights, or an error; empty: moved."""
+        model = SimpleNamespace(
+            model="m", served_model_name="m", dtype="torch.float32", logprobs_mode=logprobs_mode, max_model_len=64
+        )
+        model.get_vocab_size = lambda: 10
+        self.vllm_config = SimpleNamespace(
+            weight_transfer_config=SimpleNamespace(backend=backend),
+            model_config=model,
+            device_config=SimpleNamespace(device_type="cpu"),
+            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
+        )
+        self.engine_core = SimpleNamespace(pause_scheduler_async=self._pause)
+        if versions:
+            self.get_weight_version = self._version
+
+    async def _pause(self, mode: str, clear_cache: bool) -> None:
+        self.paused = True
+
+    async def _version(self) -> str:
+        return self.version
+
+    async def resume_generation(self) -> None:
+        self.paused = False
+
+    async def reset_prefix_cache(self) -> bool:
+        return True
+
+    async def init_weight_transfer_engine(self, request: Request) -> None:
+        facts = {
+            **{"snapshot_sha256": "a" * 64, "theta": 1.0, "theta_share": 1.0, "move_path": "kernel"},
+            **{"move_path_reason": "", "directions_memory": "", "directions_memory_reason": ""},
+        }
+        Path(request.content["report"], "rank0.json").write_text(json.dumps(facts))
+
+    async def start_weight_update(self) -> None:
+        if self.active:
+            raise RuntimeError("start_weight_update called while a weight update is already active")
+        self.active = True
+
+    async def update_weights(self, request: Request) -> None:
+        outcome = self.outcomes.pop(0) if self.outcomes else "moved"
+        if isinstance(outcome, Exception):
+            self.active = False  # as vLLM's worker does
+            raise outcome
+        report: dict[str, Any] = {"weights": outcome, "changed": 0.0, "theta": 1.0}
+        if outcome != "moved":
+            report["error"] = "the direction's file cannot be read"
+        Path(request.content["report"], "rank0.json").write_text(json.dumps(report))
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        if not self.active:
+            raise RuntimeError("finish_weight_update called without a matching start_weight_update")
+        self.active = False
+        if weight_version is not None:
+            self.version = weight_version
+
+    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+        completion = SimpleNamespace(token_ids=TOKENS.tolist(), logprobs=Flat(), finish_reason="stop")
+        yield SimpleNamespace(finished=True, outputs=[completion], prompt_logprobs=Flat())
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """`client, engine = await serve(…)`: the routes of a server, called without a network."""
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv(TOKEN_VARIABLE, "token")
+    monkeypatch.setenv(ROOTS_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(access.DEVELOPMENT_VARIABLE, raising=False)
+    transfer: Any = ModuleType("vllm.distributed.weight_transfer.base")
+    transfer.WeightTransferInitRequest = transfer.WeightTransferUpdateRequest = Request
+    sampling: Any = ModuleType("vllm.sampling_params")
+    sampling.SamplingParams, sampling.RequestOutputKind = SimpleNamespace, SimpleNamespace(FINAL_ONLY=2)
+    for name in ("vllm", "torch", "vllm.distributed", "vllm.distributed.weight_transfer"):
+        module: Any = ModuleType(name)
+        module.__version__ = "0"
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, transfer.__name__, transfer)
+    monkeypatch.setitem(sys.modules, sampling.__name__, sampling)
+
+    async def start(**options: Any) -> tuple[httpx.AsyncClient, Engine]:
+        engine, routes, app = Engine(**options), endpoint.LandscapeEndpoint(), FastAPI()
+        routes.attach_router(app)
+        await routes.init_state(engine, None, SimpleNamespace())  # type: ignore[arg-type]
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app),
+            base_url="http://server/landscape",
+            headers={"Authorization": "Bearer token"},
+        ), engine
+
+    return start
+
+
+async def load(client: httpx.AsyncClient, folder: Path) -> httpx.Response:
+    return await client.post("/load", json={"snapshot": str(folder), "slice": {"seed": 0}})
+
+
+async def move(client: httpx.AsyncClient, alpha: float = 0.1) -> httpx.Response:
+    return await client.post("/move", json={"alpha": alpha, "beta": 0.0})
+
+
+async def state(client: httpx.AsyncClient) -> tuple[str, Any]:
+    facts = (await client.get("/info")).json()
+    return facts["state"], facts["at"]
+
+
+@pytest.mark.parametrize("outcome", ["dirty", RuntimeError("a worker died")])
+@pytest.mark.parametrize("moves_before", [0, 1])
+async def test_a_server_comes_back_after_a_move_that_nothing_could_undo(serve, tmp_path, outcome, moves_before):
+    """The first move after a load has nothing to go back to; vLLM's update session must not stay open over it."""
+    client, engine = await serve()
+    assert (await load(client, tmp_path)).status_code == 200
+    for _ in range(moves_before):
+        assert (await move(client)).status_code == 200
+    engine.outcomes = [outcome]
+    failed = await move(client)
+    assert failed.status_code == 500
+    assert "weights are dirty" in failed.text
+    assert await state(client) == ("dirty", None)
+    assert engine.paused, "vLLM's own routes must not answer from a mixture"
+    assert not engine.active
+    assert (await load(client, tmp_path)).status_code == 200
+    moved = await move(client, 0.2)
+    assert moved.status_code == 200, moved.text
+    assert await state(client) == ("clean", [0.2, 0.0])
+    assert not engine.paused
+
+
+async def test_a_session_that_a_lost_move_left_open_is_closed_by_the_next(serve, tmp_path):
+    """Whatever ended the route half-way, not as an error of the move."""
+    client, engine = await serve()
+    await load(client, tmp_path)
+
+    class Lost(BaseException):
+        pass
+
+    real = engine.update_weights
+
+    async def lost(request: Request) -> None:
+        raise Lost
+
+    engine.update_weights = lost  # type: ignore[method-assign]
+    with pytest.raises(Lost):
+        await move(client)
+    assert engine.active
+    engine.update_weights = real  # type: ignore[method-assign]
+    assert (await move(client)).status_code == 200
+    assert await state(client) == ("clean", [0.1, 0.0])
+
+
+async def test_weights_that_somebody_else_updated_are_unknown(serve, tmp_path):
+    client, engine = await serve()
+    await load(client, tmp_path)
+    version = (await move(client)).json()["version"]
+    assert engine.version == version
+    engine.version = "a trainer's step 7"
+    assert await state(client) == ("unknown", None)
+    body = {"requests": [], "sampling": {}, "version": version}
+    assert (await client.post("/generate", json=body)).status_code == 409
+    assert (await move(client)).status_code == 200
+    assert await state(client) == ("clean", [0.1, 0.0])
+
+
+@pytest.mark.parametrize("route", ["generate", "score"])
+async def test_no_answer_comes_from_weights_that_somebody_else_wrote(serve, tmp_path, route):
+    """Between the move and the request, with nobody asking for /info."""
+    client, engine = await serve()
+    await load(client, tmp_path)
+    version = (await move(client)).json()["version"]
+    one = {"prompt": pack(TOKENS), "seed": 0, "max_tokens": 3}
+    body: dict[str, Any] = {"requests": [one], "sampling": {}} if route == "generate" else {"sequences": [pack(TOKENS)]}
+    answer = (await client.post(f"/{route}", json=body | {"version": version})).json()
+    assert "logprobs" in answer
+    engine.version = "a trainer's step 7"
+    answer = (await client.post(f"/{route}", json=body | {"version": version})).json()
+    assert "weights changed" in answer["error"]
+
+
+async def test_a_vllm_that_keeps_no_versions_is_served(serve, tmp_path):
+    client, _ = await serve(versions=False)
+    await load(client, tmp_path)
+    await move(client)
+    assert await state(client) == ("clean", [0.1, 0.0])
+
+
+async def test_a_landscape_server_does_not_start_in_development_mode(serve, monkeypatch):
+    monkeypatch.setenv(access.DEVELOPMENT_VARIABLE, "1")
+    with pytest.raises(access.AccessError, match="VLLM_SERVER_DEV_MODE is set"):
+        await serve()
+    client, _ = await serve(backend="nccl")
+    assert (await client.get("/info")).status_code == 503, "another server's development mode is its own affair"
+
+
+@pytest.mark.parametrize("value", [1e39, -1e308])
+async def test_coordinates_that_float32_cannot_hold_are_refused_before_anything_is_written(serve, tmp_path, value):
+    client, engine = await serve()
+    await load(client, tmp_path)
+    answer = await move(client, value)
+    assert (answer.status_code, engine.active) == (422, False)
+    assert "float32" in answer.text
+
+
+@pytest.mark.parametrize("route", ["generate", "score"])
+async def test_the_requests_of_one_call_are_bounded(serve, tmp_path, route):
+    client, _ = await serve()
+    await load(client, tmp_path)
+    await move(client)
+    one = {"prompt": pack(TOKENS), "seed": 0, "max_tokens": 1}
+
+    def body(count: int) -> dict[str, Any]:
+        return (
+            {"requests": [one] * count, "sampling": {}}
+            if route == "generate"
+            else {"sequences": [pack(TOKENS)] * count}
+        )
+
+    refused = await client.post(f"/{route}", json=body(MAX_REQUESTS + 1))
+    assert refused.status_code == 413
+    assert f"at most {MAX_REQUESTS} requests" in refused.text
+    taken = await client.post(f"/{route}", json=body(MAX_REQUESTS))
+    assert len(taken.text.splitlines()) == MAX_REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("mode", "sampling", "problem"),
+    [
+        ("raw_logprobs", Sampling(), None),
+        ("raw_logprobs", Sampling(temperature=0.7), None),
+        ("raw_logprobs", Sampling(top_p=0.9), None),
+        ("processed_logprobs", Sampling(), None),
+        (None, Sampling(), None),
+        ("processed_logprobs", Sampling(temperature=0.7), "sampling.temperature = 0.7"),
+        ("processed_logprobs", Sampling(top_p=0.9), "sampling.top_p = 0.9"),
+        (None, Sampling(temperature=0.7), "does not say its --logprobs-mode"),
+        ("raw_logits", Sampling(), "answers logits"),
+        ("processed_logits", Sampling(temperature=0.7), "answers logits"),
+    ],
+)
+async def test_log_probabilities_that_are_not_the_policys_are_refused(serve, tmp_path, mode, sampling, problem):
+    said = logprobs_problem(mode, sampling)
+    assert (said is None) == (problem is None)
+    if said is not None:
+        assert problem in said
+        assert f"{LOGPROBS_MODE}" in said
+    if mode is None:
+        return
+    client, _ = await serve(logprobs_mode=mode)
+    assert (await client.get("/info")).json()["logprobs_mode"] == mode
+    await load(client, tmp_path)
+    await move(client)
+    one = {"prompt": pack(TOKENS), "seed": 0, "max_tokens": 3}
+    body = {"requests": [one], "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p}}
+    answer = await client.post("/generate", json=body)
+    assert answer.status_code == (200 if problem is None else 422)
+    scored = await client.post("/score", json={"sequences": [pack(TOKENS)]})
+    assert scored.status_code == (422 if mode.endswith("logits") else 200), "scores are at temperature 1"
+
+
+def test_a_server_started_here_is_told_its_mode(tmp_path):
+    line = command(ServerConfig(device="cpu"), tmp_path, 8000)
+    assert line[line.index("--logprobs-mode") + 1] == LOGPROBS_MODE

@@ -61,8 +61,13 @@ def test_an_index_that_is_none_is_left_to_the_reader(roots, content):
     assert access.confined_snapshot(str(snapshot)) == snapshot
 
 
-def test_an_index_outside_is_not_even_read(roots):
+def test_an_index_outside_is_not_even_read(roots, monkeypatch):
     snapshot, outside = roots
+
+    def loads(text: str) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(access.json, "loads", loads)
     (outside / "index.json").write_text('{"weight_map": {"w": "x"}}')
     (snapshot / "model.safetensors.index.json").symlink_to(outside / "index.json")
     with pytest.raises(access.AccessError, match="index"):

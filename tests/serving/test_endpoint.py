@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
@@ -77,6 +78,7 @@ class Engine:
         self.paused = True
 
     async def _version(self) -> str:
+        await asyncio.sleep(0.01)  # outputs may be there first
         return self.version
 
     async def resume_generation(self) -> None:

@@ -101,7 +101,20 @@ class Fleet:
                 raise absent[0]
             for error in absent:
                 say(f"{error}; starting without it, it may join later")
+            if warning := mixed_versions(servers):
+                say(warning)
             yield servers
+
+
+def mixed_versions(servers: Sequence[Server]) -> str | None:
+    """A warning if the servers run different vLLM releases; None if they do not."""
+    found = sorted({str(server.facts["vllm"]) for server in servers if server.facts})
+    if len(found) < 2:
+        return None
+    return (
+        f"the servers run different releases of vLLM ({', '.join(found)}): a seed gives other tokens there, so points "
+        "of different servers do not share their sampling noise; start all with the same release"
+    )
 
 
 @contextlib.contextmanager

@@ -320,3 +320,16 @@ async def test_log_probabilities_that_are_not_the_policys_are_refused(serve, tmp
 def test_a_server_started_here_is_told_its_mode(tmp_path):
     line = command(ServerConfig(device="cpu"), tmp_path, 8000)
     assert line[line.index("--logprobs-mode") + 1] == LOGPROBS_MODE
+
+
+def test_a_sweep_over_different_releases_is_warned():
+    from rlvr_landscape_plugin.sweep.fleet import Server, mixed_versions
+
+    def servers(*releases: str | None) -> list[Server]:
+        client: Any = None
+        return [Server(client, facts={} if release is None else {"vllm": release}) for release in releases]
+
+    assert mixed_versions(servers("0.32.0", "0.32.0", None)) is None
+    warning = mixed_versions(servers("0.32.0", "0.26.0"))
+    assert warning is not None
+    assert "0.26.0, 0.32.0" in warning

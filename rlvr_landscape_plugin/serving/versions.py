@@ -251,7 +251,7 @@ def judge(package: Path) -> Verdict:
         return Verdict(
             text, f"vLLM {text} has changed where rlvr-landscape uses it: {'; '.join(problems)}. {ran}; {ADVICE}"
         )
-    if version is None or version > Version(f"{NEWEST.major}.{NEWEST.minor}.{NEWEST.micro + 1}"):
+    if version is None or (version.major, version.minor) > (NEWEST.major, NEWEST.minor):
         what = "is newer than the newest that rlvr-landscape was run in" if version else "does not tell its version"
         return Verdict(text, warning=f"vLLM {text} {what} ({NEWEST}); everything it uses looks as before. {ADVICE}")
     return Verdict(text)

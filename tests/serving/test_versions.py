@@ -52,12 +52,12 @@ def made(folder: Path, version: str = "0.32.0", **changes: str) -> Path:
     return package
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.32.0", "0.32.0+cpu", "0.31.1.dev3+gabc"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.32.0", "0.32.0+cpu", "0.32.4", "0.31.1.dev3+gabc"])
 def test_releases_that_were_run_are_taken_without_a_word(tmp_path, version):
     assert judge(made(tmp_path, version)) == versions.Verdict(version)
 
 
-@pytest.mark.parametrize("version", ["0.33.0", "0.40.1", "1.0.0rc1"])
+@pytest.mark.parametrize("version", ["0.33.0", "0.33.0rc1", "0.40.1", "1.0.0"])
 def test_a_newer_release_with_the_same_signatures_is_taken_with_a_warning(tmp_path, version):
     verdict = judge(made(tmp_path, version))
     assert not verdict.refusal

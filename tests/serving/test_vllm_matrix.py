@@ -84,9 +84,8 @@ def test_a_release_that_is_the_same_passes(reference):
     assert compared["comparison"]["k1"] == pytest.approx(1e-6)
     assert compared["comparison"]["other_parameters"] == ["lm_head"]
     line = vllm_matrix.table({"0.30.0": compared}, "0.32.0").splitlines()[-1]
-    assert line == (
-        "| 0.30.0 | 2.13.0+cpu | 5.0 | kernel | same bits at 25 of 25 | 2.0e-05 | 1.0e-06 | same bits | 32 of 32 | 9 points |"
-    )
+    numbers = "same bits at 25 of 25 | 2.0e-05 | 1.0e-06 | same bits | 32 of 32 | 9 points"
+    assert line == f"| 0.30.0 | 2.13.0+cpu | 5.0 | kernel | {numbers} |"
 
 
 def test_the_mean_ratio_is_taken_to_each_releases_own_origin(reference):

@@ -65,10 +65,11 @@ def confined_snapshot(given: str | Path) -> Path:
     names = {entry.name for entry in path.iterdir()}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         if _INDEX in names:
-            confined(path / _INDEX, "file")
+            confined(path / _INDEX, f"file {_INDEX} at")
             names |= {str(name) for name in json.loads((path / _INDEX).read_text())["weight_map"].values()}
     for name in sorted(names):
-        confined(path / name, "file")
+        # vLLM takes paths out of what its server answers, but leaves names.
+        confined(path / name, f"file {Path(name).name} at")
     return path
 
 

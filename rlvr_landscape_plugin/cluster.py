@@ -1,4 +1,4 @@
-"""`python -m rlvr_landscape_plugin.cluster`: the door to `sweep/cluster.py`, which says what it does."""
+"""`python -m rlvr_landscape_plugin.cluster`: the command of `sweep/cluster.py`."""
 
 import sys
 

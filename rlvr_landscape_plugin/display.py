@@ -56,7 +56,8 @@ class Display(ProgressDisplay):
         self._points = (0, 0)
 
     def open(self, label: str, done: int, total: int, episodes_per_point: int, extra: int) -> None:
-        """A new slice: `done` of `total` points exist, `extra` episodes come on top (the base batch)."""
+        """A new slice: `done` of `total` points exist, and `extra` episodes of the base batch are played before
+        them."""
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._points = (done, total)

@@ -1,7 +1,8 @@
 """The objectives of RLVR training, once: what a trainer differentiates is what the landscape draws.
 
-Two definitions of one surrogate drift apart, so there is one, written against the array namespace of its inputs: torch
-tensors in training (autograd runs through it; torch is never imported here), NumPy arrays in the landscape.
+Two definitions of one surrogate would become different with time, so there is one, written for the array namespace of
+its inputs: torch tensors in training (autograd runs through it; torch is never imported here), NumPy arrays in the
+landscape.
 
 **Layout.** Padded: arrays are (sequence, token), one row per completion with all its turns, so a row's ends are the
 sequence's boundaries. `mask` is True for sampled tokens; prompts, environment turns and padding are False and never
@@ -53,7 +54,8 @@ FEEDS = MappingProxyType(
 
 PRIME_RL_FEEDS = frozenset({"logprobs", "old_logprobs", "advantages", "mask"})
 """prime-rl's custom loss under its `grpo` algorithm: one sequence a call (`per_sequence=True` in `check_feeds`). Its
-`ref_logprobs` are filled only by algorithms that score a reference; whoever runs one adds `reference_logprobs`."""
+`ref_logprobs` are filled only by algorithms that score a reference; with such an algorithm, add
+`reference_logprobs`."""
 LANDSCAPE_FEEDS = frozenset({"logprobs", "old_logprobs", "advantages", "mask", "generator"})
 """The landscape: its server returns log-probabilities of the sampled tokens, not whole distributions, and holds one
 snapshot, not a reference beside it."""
@@ -69,8 +71,8 @@ def group_advantages(rewards: Array, scale: str, eps: float) -> Array:
     the correction open); `none`: r − mean (Dr. GRPO, arXiv 2503.20783). A failed rollout (NaN) stays out of the
     group's statistics and gets advantage 0. Statistics are those of the full group: objectives that drop samples by the
     sign of the advantage do so afterwards. A deviation below the rounding error of the mean is exactly 0, so that equal
-    rewards have no sign. Groups of two with `std` get −1, 0 or 1 whatever the rewards are, which is said once a process
-    as a warning. Raises ValueError for another `scale`.
+    rewards have no sign. Groups of two with `std` get −1, 0 or 1 whatever the rewards are; a warning says so once per
+    process. Raises ValueError for another `scale`.
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale is {scale!r}, expected 'std' or 'none'")

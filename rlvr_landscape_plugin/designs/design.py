@@ -2,7 +2,7 @@
 
 A design is an ordered list of slices (pairs of directions) and of points on them, with the dimensions of the dataset
 that they become. Plan, jobs, journal and dataset writer know points only. A new design is one module here with a
-function of the type `Designer`; nothing in this folder knows of servers.
+function of the type `Designer`; nothing in this folder uses servers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Design:
     frame: Frame
     slices: tuple[PreparedSlice, ...]
     points: tuple[Point, ...]
-    """In the order of measurement; those of one slice follow on each other."""
+    """In the order of measurement; the points of one slice are consecutive."""
     identity: Mapping[str, Any]
     """What of it determines the numbers beyond the configuration and the snapshot, JSON-able."""
     label: str

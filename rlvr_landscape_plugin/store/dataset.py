@@ -30,7 +30,7 @@ from rlvr_landscape_plugin.store.journal import Journal
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a dataset says besides its points: how far training had gone, and names of its own."""
+    """What a dataset holds besides its points: how far training had gone, and names that replace the usual ones."""
 
     displacement_norm: float = math.nan
     """‖θ_t − θ_0‖; NaN where it is not known."""

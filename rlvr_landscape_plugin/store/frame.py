@@ -1,6 +1,6 @@
 """The frame of a dataset: which dimensions its points have, and how a point's file is named.
 
-A design (`designs/`) makes one; journal and dataset writer know nothing else of a design.
+A design (`designs/`) makes one; journal and dataset writer use nothing else of a design.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 A file appears under its name only when it is whole: written under a temporary name, synced, then linked without
 overwriting. So the state of a sweep is the set of files; killing it loses at most the points in flight, and several
 processes may share a directory. A point names the base batch that it was scored against, so that points of two batches
-never meet in one dataset. Nothing here deletes a measurement; files that cannot be used are moved aside.
+are never mixed in one dataset. Nothing here deletes a measurement; files that cannot be used are moved aside.
 """
 
 from __future__ import annotations
@@ -185,11 +185,11 @@ class Journal:
         return base
 
     def write_recheck(self, recheck: xr.Dataset) -> None:
-        """Keep the last look at the origin."""
+        """Keep the recheck of the origin."""
         self._write(self.root / RECHECK_FILE, recheck.assign_attrs(base_sha256=self._base_digest() or ""))
 
     def read_recheck(self) -> xr.Dataset | None:
-        """The last look at the origin, or None. A damaged one, or one at another base batch, is moved aside."""
+        """The recheck of the origin, or None. A damaged one, or one of another base batch, is moved aside."""
         path = self.root / RECHECK_FILE
         try:
             recheck = _contents(path)
@@ -204,7 +204,7 @@ class Journal:
         return None
 
     def write_facts(self, name: str, facts: list[dict[str, Any]]) -> None:
-        """Write down, as JSON file `name`, what the servers of this process said about themselves."""
+        """Write down, as JSON file `name`, what the servers of this process reported about themselves."""
         content = {"servers": facts, "sha256": digest(facts)}
         replace_text(self.root / name, [json.dumps(content, indent=1, sort_keys=True)])
 
@@ -286,7 +286,7 @@ def _joined(portions: Sequence[xr.Dataset]) -> xr.Dataset:
 
 
 def keep_record(path: Path, identity: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Keep what was found out once for several slices; returns what is kept: another process's if that was first."""
+    """Keep a result that several slices share; returns what is kept: another process's if that was first."""
     content = {"record": record, "sha256": digest(record), "identity": digest(identity)}
     publish(path, lambda scratch: scratch.write_text(json.dumps(content, indent=1, sort_keys=True)))
     kept = read_record(path, identity)
@@ -330,7 +330,7 @@ def _contents(path: Path) -> xr.Dataset:
         whole = data.attrs.get("sha256", "") in ("", _checksum(data))
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # HDF5 and xarray stumble over damage in many ways
+    except Exception as error:  # HDF5 and xarray raise many kinds of errors for a damaged file
         if isinstance(error, OSError) and (error.errno or 0) > 0:  # netCDF's own numbers are negative
             raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
         raise _DamagedError(f"{type(error).__name__}: {error}") from error

@@ -18,7 +18,7 @@ from rlvr_landscape_plugin.config import StrictConfig, SweepConfig, dry_run_repo
 from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, run_cli
 
 TIMEOUTS = 100
-"""Time limits that a job may hit before submitit gives it up; it continues each time."""
+"""How often a job may reach its time limit, and continue, before submitit gives it up."""
 
 
 class ClusterConfig(StrictConfig):
@@ -65,7 +65,7 @@ class ClusterSweepConfig(SweepConfig):
 
 
 class ShardJob:
-    """What submitit runs: one shard, and the same again when the scheduler takes the machine away."""
+    """What submitit runs: one shard; it runs again after the scheduler has taken the machine away."""
 
     def __call__(self, config: dict[str, Any]) -> list[str]:
         """Measure; returns the datasets that this job wrote or found."""
@@ -83,7 +83,7 @@ class ShardJob:
 
 
 def submit(config: ClusterSweepConfig) -> list[Any]:
-    """Send the jobs off; returns submitit's jobs. Raises `ConfigurationError` for what submitit refuses."""
+    """Submit the jobs; returns submitit's objects for them. Raises `ConfigurationError` for what submitit refuses."""
     try:
         import submitit
     except ModuleNotFoundError as error:

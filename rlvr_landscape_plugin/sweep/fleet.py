@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Server:
-    """A server in use: its client and what it said about itself."""
+    """A server in use: its client, and what it reported about itself."""
 
     client: LandscapeClient
     facts: dict[str, Any] = field(default_factory=dict)
     """Empty until it first answered."""
     log: Path | None = None
     present: bool = False
-    """Whether it stands in the present slice (`pool.Member`)."""
+    """Whether it has loaded the present slice and is ready for points (`pool.Member`)."""
     meter: PointMeter | None = None
     origin: list[dict[str, str]] | None = None
     """Checksums of its weights at the origin, the snapshot itself."""
@@ -40,13 +40,14 @@ class Server:
 
 
 def facts_to_keep(facts: dict[str, Any]) -> dict[str, Any]:
-    """What a dataset keeps of a server's facts: not where its weights stand now, nor where its files lie."""
+    """The facts about a server that a dataset keeps: not the present coordinates of its weights, nor the paths of its
+    files."""
     kept = {key: value for key, value in facts.items() if key not in ("at", "loaded", "state", "version")}
     return kept | {"model": Path(str(facts["model"])).name}
 
 
 class Fleet:
-    """All servers of a sweep, as an async context manager; those that it started end with it."""
+    """All servers of a sweep, as an async context manager, which ends the servers that it started."""
 
     def __init__(self, config: SweepConfig, snapshots: Sequence[Snapshot], display: Display) -> None:
         self._config, self._snapshots, self._display = config, snapshots, display

@@ -1,6 +1,7 @@
 """What the servers of a pool do with a slice: load it, measure probes or points of it, compare the origin at the end.
 
-After each measurement a server is asked where it stands, so that nothing is kept that other weights gave.
+After each measurement a server is asked for its snapshot, slice and weight version, so that no value is kept that comes
+from other weights.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Job:
     """A slice, and how a server loads it."""
 
     def __init__(self, slice_: PreparedSlice, directions_memory: str, meter: MakeMeter, display: Display) -> None:
-        """`directions_memory`: what `server.directions_memory` asks for; a server that rounds otherwise is refused."""
+        """`directions_memory`: what `server.directions_memory` asks for; a server that rounds the directions
+        differently is refused."""
         self._slice, self._directions_memory = slice_, directions_memory
         self._meter, self._display = meter, display
 
@@ -69,7 +71,7 @@ class Job:
 
     @property
     def _fingerprints(self) -> dict[str, str]:
-        """What a server says of a snapshot and slice → what it must say."""
+        """What a server reports about a snapshot and slice, and what it has to report."""
         return {
             "snapshot_sha256": self._slice.snapshot.sha256,
             "directions_fingerprint": self._slice.fingerprint,
@@ -144,7 +146,7 @@ class RangeJob(Job):
 
 
 class BaseBatchOnce:
-    """The checkpoint's own batch of a journal: the stored one, else measured by the first server that gets here."""
+    """The checkpoint's own batch of a journal: the stored one, or else the one that the first server measures."""
 
     def __init__(self, journal: Journal, display: Display) -> None:
         self._journal, self._display = journal, display
@@ -211,7 +213,7 @@ class SliceJob(Job):
         assert server.meter is not None
         base = self._base.batch
         point = self._plan.design.by_place[portion.place]
-        # Some of the tasks are named as such; what holds all of them is a whole point.
+        # The name of a file says its tasks only where these are not all.
         tasks = None if portion[1:] == (0, self._plan.tasks) else range(portion.start, portion.stop)
         data, batch = await server.meter.point(base, point.alpha, point.beta, self._display.episode, tasks)
         await self.check_weights(server, point.alpha, point.beta)
@@ -225,7 +227,7 @@ class SliceJob(Job):
         self._show(point.alpha, point.beta, float(data["reward"].mean()), data)
 
     async def conclude(self, servers: Sequence[Server]) -> None:
-        """After the last point: recheck the origin, compare the weights there, write down who measured."""
+        """After the last point: recheck the origin, compare the weights there, record which servers measured."""
         from rlvr_landscape_plugin.sweep.point import rescored_dataset
 
         present = [server for server in servers if server.present]
@@ -252,7 +254,7 @@ class SliceJob(Job):
     async def _came_back(self, server: Server) -> bool:
         """Whether the weights at the origin could be compared with those before; raises if they differ."""
         try:
-            # One that is no longer present may be stopped for good; the others have a right to their time.
+            # A server that has left may never answer again, so it is not waited for as long as the others.
             async with asyncio.timeout(None if server.present else ABSENT_SECONDS):
                 await server.client.move(0.0, 0.0)
                 weights = await server.client.checksums()

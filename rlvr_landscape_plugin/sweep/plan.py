@@ -1,4 +1,5 @@
-"""What a sweep measures around one snapshot in one design, in which order, and what of it is left. Starts no server."""
+"""What a sweep measures around one snapshot in one design, in which order, and which part of it is not measured yet.
+Starts no server."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class Plan:
     range_found: Mapping[str, Any] | None = None
     """How the range was found, if by probes."""
     refinement: Refinement | None = None
-    """How far a progressive sweep of it is; None: everything is measured."""
+    """State of its progressive sweep; None: it is not progressive, everything is measured."""
 
     @property
     def snapshot(self) -> Snapshot:
@@ -57,7 +58,7 @@ class Plan:
 
     @property
     def points(self) -> list[Point]:
-        """The points of `subset` that are this process's, in their order."""
+        """The points of `subset` that this process measures, in their order."""
         points = self.design.share(*self.share)
         if self.subset is None:
             return points
@@ -80,7 +81,7 @@ class Plan:
 
     @property
     def facts(self) -> list[str]:
-        """Files with what the servers of each share said about themselves, in the order of the shares."""
+        """Files with what the servers of each share reported about themselves, in the order of the shares."""
         count = self.share[1]
         return ["server.json"] if count == 1 else [f"server_{i + 1}of{count}.json" for i in range(count)]
 
@@ -91,7 +92,7 @@ class Plan:
 
     @property
     def concluded(self) -> bool:
-        """Whether nothing is left for this process to do after its points, the recheck of the origin included."""
+        """Whether this process has finished everything, including the recheck of the origin."""
         if self.journal.read_facts(self.own_facts) is None:
             return False
         done, total = self.journal.status()
@@ -99,7 +100,7 @@ class Plan:
 
     @property
     def waiting_for(self) -> str:
-        """What other shards still owe, as a sentence; empty when the dataset can be written."""
+        """What other shards have not measured yet, as a sentence; empty when the dataset can be written."""
         if self.share[1] == 1 or holds(self.journal, self.dataset):
             return ""
         done, total = self.journal.status()
@@ -125,7 +126,7 @@ def _plan(config: SweepConfig, around: Surroundings, design: Design, prompts: st
     identity = snapshot_identity(config, design.snapshot, prompts) | dict(design.identity)
     journal = Journal(root / design.journal_name, design.frame, identity)
     dataset = root / design.dataset_name
-    # Asked for before anything is measured, so that a damaged snapshot 0 is known before the hours, not after.
+    # Read before anything is measured, so that a damaged snapshot 0 is reported at once, not after hours.
     done = holds(journal, dataset)
     far = Displacement(math.nan, math.nan, "") if done else around.trajectory.displacement
     refinement = None

@@ -2,11 +2,12 @@
 
 Definitions are those of docs/measurement.md: rewards come from fresh rollouts of the moved policy; KL and surrogate
 come from the checkpoint's own completions, scored under the moved weights in one teacher-forced pass. All sums over
-tokens are taken in float64. Nothing here knows of designs, files or progress bars.
+tokens are taken in float64. Nothing here depends on designs, files or progress bars.
 
-Two ways lead to the surrogate. GRPO's clipped objective, the default, is summed completion by completion
-(`token_scores`). Any other objective of `objectives.OBJECTIVES` is asked for all completions at once, because its terms
-may depend on the batch; then the base batch has a weight per completion, and J = Σ surrogate / Σ surrogate_weight.
+There are two ways to compute the surrogate. GRPO's clipped objective, the default, is summed completion by completion
+(`token_scores`). Any other objective of `objectives.OBJECTIVES` is computed for all completions at once, because its
+terms may depend on the batch; then the base batch has a weight per completion, and J = Σ surrogate / Σ
+surrogate_weight.
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ class BaseBatch:
     apart: bool = False
     """Whether its rollouts have a dimension of their own, because points have another number of them."""
     failures: Failures | None = None
-    """What of it failed; None where it was read from the disk."""
+    """Its failed episodes; None if it was read from the disk."""
 
     @property
     def dims(self) -> tuple[str, str]:
-        """Dimensions of what is known of each of its completions."""
+        """Dimensions of a value per completion."""
         return OWN_DIMS if self.apart else DIMS
 
     @property
@@ -100,7 +101,7 @@ class BaseBatch:
         return np.array([[len(cell) for cell in row] for row in self.logprobs], dtype=np.int32)
 
     def part(self, prompts: range) -> BaseBatch:
-        """That of some prompts, which follow on each other."""
+        """The base batch of some consecutive prompts."""
         some = slice(prompts.start, prompts.stop)
         return replace(
             self,
@@ -239,10 +240,10 @@ class PointMeter:
     ) -> tuple[xr.Dataset, list[list[Rollout]]]:
         """Move to (α, β), roll out and score. The dataset has dims (prompt, rollout) and per-point scalars.
 
-        `base` is that of all tasks; `prompts`: the tasks to measure (default: all), whose rollouts are the same
-        whichever others are measured with them. At the origin the scores are those of the base batch, so that ρ = 1
-        holds there exactly. Where episodes failed, the attributes `failed_episodes` and `first_failure` say how many
-        and why. Raises `TasksetError` where all of them did.
+        `base` is the base batch of all tasks. `prompts`: the tasks to measure (default: all); their rollouts do not
+        depend on which other tasks are measured with them. At the origin the scores are those of the base batch, so
+        that ρ = 1 holds there exactly. Where episodes failed, the attributes `failed_episodes` and `first_failure` say
+        how many and why. Raises `TasksetError` where all of them did.
         """
         if prompts is None:
             prompts = range(len(self.tasks))
@@ -331,10 +332,10 @@ class ObjectiveScores:
 def objective_scores(
     base: BaseBatch, scored: Sequence[Sequence[np.ndarray]], objective: Objective, seed: int
 ) -> ObjectiveScores:
-    """Ask `objective` for the base batch under moved weights, whose log π is `scored` ([prompt][rollout], nat).
+    """Compute `objective` for the base batch under moved weights, whose log π is `scored` ([prompt][rollout], nat).
 
-    `seed`: of objectives that draw, which draw the same at every point. A completion with a log-probability that is not
-    finite, as weights far out may give, is missing.
+    `seed` is for objectives that draw tokens at random; they draw the same ones at every point. A completion with a
+    log-probability that is not finite, which happens far from the origin, is missing.
     """
     nothing = np.full(base.reward.shape, np.nan)
     surrogate, weight, clip_fraction = nothing, nothing.copy(), nothing.copy()
@@ -358,7 +359,7 @@ def objective_scores(
 
 
 def check_failures(batch: Sequence[Sequence[Rollout]], where: str) -> Failures:
-    """What of a batch failed. Raises `TasksetError` with the first reason where every episode did."""
+    """The failed episodes of a batch. Raises `TasksetError` with the first reason where every episode did."""
     failures = Failures.of(batch)
     if failures.failed == failures.episodes:
         raise TasksetError(
@@ -374,7 +375,7 @@ def _mean_surprisal(rollout: Rollout) -> float:
 
 
 async def rescored_dataset(client: LandscapeClient, base: BaseBatch) -> xr.Dataset:
-    """The base batch scored once more: how far two looks at the same weights differ, per completion.
+    """The base batch scored a second time: how far two passes over the same weights differ, per completion.
 
     `recheck_logprob`: Σ log π, nat. `recheck_max_difference`: the largest |difference| of one token's log π, nat.
     """

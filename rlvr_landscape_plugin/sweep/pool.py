@@ -2,7 +2,7 @@
 
 A point is held by one server. What a server held when it failed goes back to the queue, and the server keeps trying to
 come back, so that servers may leave and join. A point that takes far longer than others is measured by an idle server
-too; whoever finishes first counts. Nothing here knows of weights, files or progress bars.
+too; the first result counts. Nothing here depends on weights, files or progress bars.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 from rlvr_landscape_plugin.errors import ServerError
 
 Portion = TypeVar("Portion", bound=Hashable)
-"""What one server measures at a time: a point and a range of tasks, or a probe. The pool does not look inside."""
+"""What one server measures at a time: a point and a range of tasks, or a probe. The pool does not read it."""
 ATTEMPTS = 3
 """Failures of one point, on whichever servers, that end the sweep."""
 OVERDUE, OVERDUE_SECONDS = 4.0, 5.0
@@ -27,7 +27,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 
 
 class PointQueue(Generic[Portion]):
-    """The points of one slice that are still to measure, and who holds which."""
+    """The points of one slice that are not measured yet, and which server measures which."""
 
     def __init__(self, portions: Iterable[Portion]) -> None:
         self._waiting = deque(portions)
@@ -42,7 +42,7 @@ class PointQueue(Generic[Portion]):
         return not self._left
 
     def wanted(self, portion: Portion) -> bool:
-        """Whether nobody has finished this point yet."""
+        """Whether this point is not finished yet."""
         return portion in self._left
 
     async def take(self, holder: int) -> Portion | None:
@@ -85,7 +85,7 @@ class Member(Protocol):
     """One server as a pool sees it."""
 
     present: bool
-    """Whether it stands in the present slice, ready for points."""
+    """Whether it has loaded the present slice and is ready for points."""
 
 
 Server = TypeVar("Server", bound=Member)
@@ -97,7 +97,7 @@ class Job(Protocol[ServerOfJob, PortionOfJob]):
     """What a pool does with a slice. Both raise `ServerError` when the server fails."""
 
     async def enter(self, server: ServerOfJob) -> None:
-        """Bring a server, new or come back, into the slice."""
+        """Let a server, a new one or one that has returned, load the slice."""
         ...
 
     async def measure(self, server: ServerOfJob, portion: PortionOfJob, wanted: Callable[[], bool]) -> None:
@@ -116,7 +116,8 @@ class Pool(Generic[Server]):
         self._alive = time.monotonic()
 
     async def work(self, queue: PointQueue[Portion], job: Job[Server, Portion], new_slice: bool = True) -> None:
-        """Until every point is finished. Servers still busy with a copy are cut off then, and no longer present.
+        """Work until every point is finished. Servers that still measure a copy of a point are then interrupted, and no
+        longer present.
 
         `new_slice`: this is another slice than before, which every server has to enter.
 
@@ -170,7 +171,7 @@ class Pool(Generic[Server]):
     async def _measure(
         self, server: Server, portion: Portion, queue: PointQueue[Portion], job: Job[Server, Portion]
     ) -> None:
-        # Cut off in the middle, a server may stand anywhere: it has to enter the slice again.
+        # An interrupted server may hold any weights: it has to load the slice again.
         server.present = False
         await job.measure(server, portion, lambda: queue.wanted(portion))
         server.present = True

@@ -1,4 +1,5 @@
-"""Where a progressive sweep of one slice stands: what it has measured, what that says, and what comes next.
+"""The state of a progressive sweep of one slice: what it has measured, what its interim analyses found, and what is
+measured next.
 
 The rule itself (levels of the grid, intervals, when to stop) is `rlvr_landscape_analysis.statistics.progressive`, which
 a replay of finished datasets uses too. Here it is applied to a journal.
@@ -39,7 +40,7 @@ def check_progressive(frame: Frame, prompts: int, asked: float, statistic: Stati
 
 
 class Refinement:
-    """The interim looks at one slice so far, and the part of it that is measured now or was measured last.
+    """The looks (interim analyses) at one slice so far, and the part of it that is measured now or was measured last.
 
     Decisions are a function of the journal's files, so the same command takes them again when it continues.
     """
@@ -60,7 +61,7 @@ class Refinement:
         return Subset((tuple(rows.tolist()), tuple(columns.tolist())), self._design.prompts)
 
     def advance(self) -> bool:
-        """Look at the present subset, which is whole; returns whether there is another one to measure."""
+        """Analyse the present subset, which is completely measured; returns whether another one is to be measured."""
         if not self.looks or self.looks[-1].design != self._design:
             try:
                 look = progressive.look(self._data(), *self._axes, self._design, statistic=self._statistic)

@@ -1,4 +1,4 @@
-"""What a dataset says of where it comes from: configuration, servers, packages, revision."""
+"""What a dataset records about how it was made: configuration, servers, packages, revision."""
 
 from __future__ import annotations
 

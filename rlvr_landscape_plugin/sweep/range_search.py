@@ -1,8 +1,7 @@
-"""How far a grid reaches: the range where a landscape is neither flat nor dead, found by a few radial probes.
-
-A probe is a grid point in small: a policy at one end of an axis, on the first few tasks. Both axes are scaled by one
-factor, so that the policies at their four ends keep the asked share of the checkpoint's reward on average. Where the
-checkpoint earns nothing that could be lost, their KL divergence decides. Nothing here knows of servers or files.
+"""How far a grid reaches: the range where a landscape is neither flat nor zero everywhere, found by a few probes. A
+probe is a small measurement: a policy at one end of an axis, on the first few tasks. Both axes are scaled by one
+factor, so that the policies at their four ends keep the asked share of the checkpoint's reward on average. If the
+checkpoint has no reward that could be lost, their KL divergence decides. Nothing here depends on servers or files.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rlvr_landscape_plugin.errors import TasksetError
 
 Coordinates = tuple[float, float]
 SIGNIFICANT = 2.0
-"""Standard errors above zero from which the checkpoint's reward can be lost visibly."""
+"""The reward decides the range if the checkpoint's reward is at least this many standard errors above zero."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ async def find_range(
 ) -> dict[str, Any]:
     """Probe the origin, then the ends of both axes at factors 1, 2, 4, … or 1, 1/2, … until the target is bracketed.
 
-    One more look half-way (in logarithms), then interpolation. Returns, JSON-able, `factor` (two significant digits),
+    One more probe half-way (in logarithms), then interpolation. Returns, JSON-able, `factor` (two significant digits),
     `criterion` (`reward` or `kl`), `target`, `note` (why the target was not met, else empty) and all `probes`.
     """
     (origin,) = await probe([(0.0, 0.0)])
@@ -63,7 +62,7 @@ async def find_range(
     probes = [origin]
 
     async def level(exponent: float) -> float:
-        """How much is left at the ends at factor 2^exponent, in logarithms; falls with the factor."""
+        """Logarithm of what the policies at the ends keep, at factor 2^exponent; it falls with the factor."""
         factor = 2.0**exponent
         ends = [(end * factor, 0.0) for end in (grid.alpha.min, grid.alpha.max)]
         ends += [(0.0, end * factor) for end in (grid.beta.min, grid.beta.max)]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rlvr_landscape.sweep")
 
 REFUSALS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
-"""What an operating system says when it is the machine that lacks something."""
+"""Error numbers of an operating system when the machine lacks a resource."""
 
 
 async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
@@ -208,12 +208,12 @@ class Sweep:
             display.say(f"{plan.design.label}: {plan.refinement.outcome}")
 
     def label(self, plan: Plan, index: int) -> str:
-        """What a slice is called on the screen."""
+        """Name of a slice on the screen."""
         count = len(plan.design.slices)
         return plan.design.label if count == 1 else f"{plan.design.label}, slice {index + 1} of {count}"
 
     def write(self, plan: Plan) -> Path | None:
-        """Write a plan's dataset; None where other shards still owe points."""
+        """Write a plan's dataset; None if other shards have not measured all of their points."""
         if waiting := plan.waiting_for:
             self.display.say(f"{plan.dataset.name} is left to the shard that finishes last: {waiting}")
             return None

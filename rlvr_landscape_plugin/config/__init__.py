@@ -1,16 +1,20 @@
 """Every table of the configuration: typed, documented, unknown keys refused. Imports neither torch nor vllm."""
 
 from rlvr_landscape_plugin.config.base import StrictConfig, load_config
-from rlvr_landscape_plugin.config.sweep import (
+from rlvr_landscape_plugin.config.designs import (
     AxisConfig,
+    CensusConfig,
     DirectionConfig,
-    EnvConfig,
     FindRangeConfig,
     GridConfig,
+    PathConfig,
+    SliceConfig,
+)
+from rlvr_landscape_plugin.config.sweep import (
+    EnvConfig,
     LaunchConfig,
     SamplingConfig,
     ServerConfig,
-    SliceConfig,
     SurrogateConfig,
     SweepConfig,
     dry_run_report,
@@ -28,6 +32,7 @@ from rlvr_landscape_plugin.files import digest
 
 __all__ = [
     "AxisConfig",
+    "CensusConfig",
     "DirectionConfig",
     "EnvConfig",
     "EvaluationConfig",
@@ -36,6 +41,7 @@ __all__ = [
     "LaunchConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PathConfig",
     "ReferenceConfig",
     "SamplingConfig",
     "ServerConfig",

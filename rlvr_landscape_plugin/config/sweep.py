@@ -7,153 +7,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, StrictConfig
+from rlvr_landscape_plugin.config.designs import CensusConfig, GridConfig, PathConfig, SliceConfig
 from rlvr_landscape_plugin.objectives import LANDSCAPE_FEEDS, Objective, check_feeds, configure
 
-MOST_POINTS = 1_000_000
-"""Points of one grid, and of one axis; more is a typing mistake."""
-LARGEST_COORDINATE = 1e6
-"""Largest |α| and |β|: with a direction as long as the weights, float32 weights stay finite far beyond it."""
-LEAST_COORDINATE = 1e-30
-"""Smallest end of an axis: float64 still tells evenly spaced coordinates below it apart."""
-LARGEST_RATIO = 1e9
-"""Largest ratio of the two ends of an axis: beyond it the shorter end is lost in the rounding of the longer."""
-
-
-class AxisConfig(StrictConfig):
-    """One axis of the grid, in units of the direction (`tensor`: α = 0.05 moves 5 % of a tensor's norm)."""
-
-    min: float = -0.15
-    """Smallest coordinate; must be below 0."""
-    max: float = 0.15
-    """Largest coordinate; must be above 0."""
-    points: int = Field(default=7, ge=2, le=MOST_POINTS)
-    """Number of evenly spaced coordinates. If 0 is not among them (an even number, an uneven range), it is added."""
-
-    @model_validator(mode="after")
-    def _range(self) -> AxisConfig:
-        if self.min >= self.max:
-            raise ValueError(f"min = {self.min} is not below max = {self.max}; swap them")
-        if not self.min < 0 < self.max:
-            raise ValueError(f"the range {self.min} … {self.max} must contain the origin 0 in its inside")
-        short, long = sorted((-self.min, self.max))
-        if long > LARGEST_COORDINATE or short < LEAST_COORDINATE or long > LARGEST_RATIO * short:
-            raise ValueError(
-                f"min = {self.min} and max = {self.max}: both must lie between {LEAST_COORDINATE:g} and "
-                f"{LARGEST_COORDINATE:g} in size and differ by less than a factor of {LARGEST_RATIO:g}; coordinate 1 "
-                "moves by the whole direction, normalization scales a direction that is short or long"
-            )
-        return self
-
-    def values(self, factor: float = 1.0) -> np.ndarray:
-        """Coordinates of the axis made `factor` times as long: float64, ascending, 0.0 among them exactly once."""
-        low, high = self.min * factor, self.max * factor
-        values = np.linspace(low, high, self.points)
-        values[np.abs(values) <= 1e-12 * (high - low)] = 0.0
-        return values if 0.0 in values else np.sort(np.append(values, 0.0))
-
-
-class FindRangeConfig(StrictConfig):
-    """Choose the range for each snapshot, by a few probes at the ends of the axes; see `ranges.find_range`."""
-
-    retention: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the checkpoint's reward that policies at the ends of the axes keep on average."""
-    kl: float = Field(default=0.5, gt=0)
-    """Their mean KL divergence in nat per token, which decides where the checkpoint's own reward is not above 0."""
-    prompts: int = Field(default=32, ge=8)
-    """Tasks of a probe, the first of `env.num_prompts`."""
-    largest_factor: float = Field(default=32, gt=1)
-    """`min` and `max` of both axes are multiplied by at most this, and by at least 1 / this."""
-
-
-class GridConfig(StrictConfig):
-    """The points of the slice: every α with every β."""
-
-    alpha: AxisConfig = AxisConfig()
-    """Coordinates along δ."""
-    beta: AxisConfig = AxisConfig()
-    """Coordinates along η."""
-    find: FindRangeConfig | None = None
-    """Scale both axes by one factor per snapshot, found by probes; absent: `min` and `max` as they are."""
-
-    @model_validator(mode="after")
-    def _bounded(self) -> GridConfig:
-        points = self.alpha.points * self.beta.points
-        if points > MOST_POINTS:
-            raise ValueError(
-                f"alpha.points × beta.points = {points:,} points, at most {MOST_POINTS:,} can be measured; lower one"
-            )
-        if self.find is not None:
-            farthest = max(-self.alpha.min, self.alpha.max, -self.beta.min, self.beta.max) * self.find.largest_factor
-            if farthest > LARGEST_COORDINATE:
-                raise ValueError(
-                    f"find.largest_factor = {self.find.largest_factor:g} could make an axis {farthest:g} long, at most "
-                    f"{LARGEST_COORDINATE:g} is allowed; lower it, or min and max"
-                )
-        return self
-
-
-class DirectionConfig(StrictConfig):
-    """One axis of the slice."""
-
-    kind: Literal["random", "displacement", "update", "pca", "file"] = "random"
-    """`random`: drawn from the slice's seed. `displacement`: θ_t − θ_0 of the run. `update`: next snapshot − θ_t.
-    `pca`: a principal component of the run's snapshots about the last. `file`: a tensor file, such as a gradient."""
-    normalization: Literal["none", "tensor", "filter", "global"] | None = None
-    """How the direction is scaled to the weights; default: `slice.normalization` for a random direction, otherwise
-    `none`, so that coordinate 1 is the whole displacement, update or file (`pca`: as far as the run went)."""
-    component: int = Field(default=1, ge=1)
-    """Which principal component, 1 being the largest (`pca`)."""
-    file: Path | None = None
-    """A safetensors file with a tensor of the checkpoint's name and shape for each one that moves (`file`)."""
-
-    @model_validator(mode="after")
-    def _belongs_together(self) -> DirectionConfig:
-        if (self.file is not None) != (self.kind == "file"):
-            raise ValueError(f"kind = {self.kind!r} and file = {self.file}: set file with kind = 'file' and only then")
-        if self.component != 1 and self.kind != "pca":
-            raise ValueError(f"component = {self.component} needs kind = 'pca', not {self.kind!r}")
-        if self.kind == "random" and self.normalization == "none":
-            raise ValueError("normalization = 'none' leaves a random direction without a unit; choose another")
-        return self
-
-
-class SliceConfig(StrictConfig):
-    """The directions; see `directions.SliceSpec`."""
-
-    seeds: list[int] = Field(default=[0], min_length=1)
-    """One slice per seed; the same seed draws the same noise for every snapshot."""
-    normalization: Literal["tensor", "filter", "global"] = "tensor"
-    """How random directions are scaled to the weights."""
-    alpha: DirectionConfig = DirectionConfig()
-    """The direction δ of the axis α."""
-    beta: DirectionConfig = DirectionConfig()
-    """The direction η of the axis β."""
-    orthogonalize: bool = False
-    """Take out of η its part along δ (Gram-Schmidt over all weights that move), after both are scaled."""
-    run: Path | None = None
-    """Directory of the training run whose snapshots the directions and `displacement_norm` refer to; default: the
-    directory that holds the measured snapshot."""
-    include: list[str] = Field(default=["*"], min_length=1)
-    """Globs of checkpoint tensor names that move."""
-    exclude: list[str] = []
-    """Globs of checkpoint tensor names that stand still."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) != len(seeds) or min(seeds) < 0 or max(seeds) > LARGEST_SEED:
-            raise ValueError(f"seeds must be distinct integers between 0 and {LARGEST_SEED} (2^63 - 1), got {seeds}")
-        return seeds
-
-    @model_validator(mode="after")
-    def _seeds_matter(self) -> SliceConfig:
-        if len(self.seeds) > 1 and "random" not in (self.alpha.kind, self.beta.kind):
-            raise ValueError(f"seeds = {self.seeds} would measure one slice several times: no axis is random; give one")
-        return self
+DESIGN_TABLES = ("grid", "census", "path")
+"""Tables of the configuration that belong to the design of that name."""
 
 
 class EnvConfig(StrictConfig):
@@ -166,17 +27,26 @@ class EnvConfig(StrictConfig):
     num_prompts: int = Field(default=32, ge=1, le=MOST_EPISODES)
     """The first so many tasks of the taskset, the same at every point of every snapshot."""
     rollouts: int = Field(default=4, ge=1, le=MOST_EPISODES)
-    """Episodes per task and point, and per task in the checkpoint's own batch."""
+    """Episodes per task and point."""
+    base_rollouts: int | None = Field(default=None, ge=1)
+    """Episodes per task in the checkpoint's own batch, which then have a dimension of their own (`base_rollout`);
+    default: `rollouts`."""
     max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight per server."""
 
+    @property
+    def own_rollouts(self) -> int:
+        """Episodes per task in the checkpoint's own batch."""
+        return self.base_rollouts or self.rollouts
+
     @model_validator(mode="after")
     def _bounded(self) -> EnvConfig:
-        if self.num_prompts * self.rollouts > MOST_EPISODES:
-            raise ValueError(
-                f"num_prompts × rollouts = {self.num_prompts * self.rollouts:,} episodes per point, at most "
-                f"{MOST_EPISODES:,} can be held; lower one"
-            )
+        for name, count in (("rollouts", self.rollouts), ("base_rollouts", self.own_rollouts)):
+            if self.num_prompts * count > MOST_EPISODES:
+                raise ValueError(
+                    f"num_prompts × {name} = {self.num_prompts * count:,} episodes in one batch, at most "
+                    f"{MOST_EPISODES:,} can be held; lower one"
+                )
         return self
 
 
@@ -295,6 +165,10 @@ class SweepConfig(StrictConfig):
     """Options of a designer that is named by its import path."""
     grid: GridConfig = GridConfig()
     """The points of the design `grid`."""
+    census: CensusConfig = CensusConfig()
+    """The points of the design `census`."""
+    path: PathConfig = PathConfig()
+    """The points of the design `path`."""
     slice: SliceConfig = SliceConfig()
     """The directions."""
     env: EnvConfig = EnvConfig()
@@ -323,8 +197,11 @@ class SweepConfig(StrictConfig):
     def _belongs_to_the_design(self) -> SweepConfig:
         if self.design_options and "." not in self.design:
             raise ValueError(f"design_options are for a designer named by its import path, not for {self.design!r}")
-        if self.design != "grid" and self.grid != GridConfig():
-            raise ValueError(f"[grid] belongs to design = 'grid', not to {self.design!r}; leave the table out")
+        for name in DESIGN_TABLES:
+            if self.design != name and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"[{name}] belongs to design = {name!r}, not to {self.design!r}; leave the table out")
+        if self.design == "boundary" and self.env.base_rollouts is None:
+            raise ValueError("design = 'boundary' measures the checkpoint itself: say how often with env.base_rollouts")
         return self
 
     @model_validator(mode="after")
@@ -372,7 +249,7 @@ class SweepConfig(StrictConfig):
         for key in ("alpha", "beta", "orthogonalize"):
             if data["slice"][key] == plain[key]:
                 del data["slice"][key]
-        if data["grid"]["find"] is None:
+        if self.grid.find is None:
             del data["grid"]["find"]
         # The usual objective is named as before there were others.
         if data["surrogate"]["objective"] == "grpo":
@@ -380,10 +257,13 @@ class SweepConfig(StrictConfig):
         if not data["surrogate"]["options"]:
             del data["surrogate"]["options"]
         # A grid is named as before there were other designs; of those, only their own options count.
-        if data["design"] == "grid":
+        for name in DESIGN_TABLES:
+            if name != self.design:
+                del data[name]
+        if self.design == "grid":
             del data["design"]
-        else:
-            del data["grid"]
+        if data["env"]["base_rollouts"] is None:
+            del data["env"]["base_rollouts"]
         if not data["design_options"]:
             del data["design_options"]
         server: dict[str, Any] = {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}
@@ -408,28 +288,48 @@ class LaunchConfig(StrictConfig):
     """How it runs; `urls` is not used."""
 
 
+def points_of(config: SweepConfig) -> tuple[str, int, int]:
+    """What the design measures around one snapshot: in words, points of one dataset, and datasets.
+
+    A designer that is named by its import path is not asked: 0 points.
+    """
+    if config.design == "grid":
+        alphas, betas = config.grid.alpha.values(), config.grid.beta.values()
+        points = len(alphas) * len(betas)
+        return f"{len(alphas)} × {len(betas)} = {points} points", points, len(config.slice.seeds)
+    if config.design == "census":
+        pairs, radii = config.census.pairs, len(config.census.values())
+        return f"{pairs} pairs × 2 × {radii} radii = {2 * pairs * radii} points", 2 * pairs * radii, 1
+    if config.design == "path":
+        paths, positions = len(config.path.directions), len(config.path.positions)
+        return f"{paths} paths × {positions} positions = {paths * positions} points", paths * positions, 1
+    return "the checkpoint itself" if config.design == "boundary" else "as its designer says", 0, 1
+
+
 def dry_run_report(config: SweepConfig) -> str:
     """The resolved configuration, the number of points, an upper bound on the tokens, and the disk space."""
-    alphas, betas = config.grid.alpha.values(), config.grid.beta.values()
-    slices = len(config.snapshots) * len(config.slice.seeds)
-    points = len(alphas) * len(betas)
-    batch = config.env.num_prompts * config.env.rollouts
-    episodes = slices * (points + 1) * batch
+    described, points, datasets = points_of(config)
+    count = len(config.snapshots) * datasets
+    env = config.env
+    episodes = count * env.num_prompts * (points * env.rollouts + env.own_rollouts)
+    scored = count * env.num_prompts * env.own_rollouts * (points + 1) * config.server.max_model_len
     dump = config.model_dump(mode="json", exclude={"server": {"token"}})
-    generated = episodes * config.sampling.max_tokens
-    scored = slices * (points + 1) * batch * config.server.max_model_len
     # Nine float32 values per rollout and point, halved by compression in practice, kept once in the journal too.
-    disk = slices * points * batch * 9 * 4 * 2
+    disk = count * points * env.num_prompts * max(env.rollouts, env.own_rollouts) * 9 * 4 * 2
     most = "at most " if config.until_ci_width is not None else ""
     probes = "" if config.grid.find is None else ", ranges to be found by probes"
+    of = (
+        f"{len(config.snapshots)} snapshots × {datasets} seeds"
+        if datasets > 1
+        else f"{len(config.snapshots)} snapshots"
+    )
+    own = "" if env.base_rollouts is None else f", {env.base_rollouts} of the checkpoint's own"
     return "\n".join(
         [
             json.dumps(dump, indent=2),
-            f"grid        {most}{len(alphas)} × {len(betas)} = {points} points, {slices} slices "
-            f"({len(config.snapshots)} snapshots × {len(config.slice.seeds)} seeds){probes}",
-            f"episodes    {most}{episodes:,} ({config.env.num_prompts} prompts × {config.env.rollouts} rollouts "
-            "per point)",
-            f"sampled     at most {generated:,} tokens per turn of an episode",
+            f"{config.design:<11} {most}{described}, {count} datasets ({of}){probes}",
+            f"episodes    {most}{episodes:,} ({env.num_prompts} prompts × {env.rollouts} rollouts per point{own})",
+            f"sampled     at most {episodes * config.sampling.max_tokens:,} tokens per turn of an episode",
             f"scored      at most {scored:,} tokens (episodes are usually far shorter than max_model_len)",
             f"disk        at most {disk / 2**20:,.1f} MiB",
             f"output      {config.output}",

@@ -171,11 +171,10 @@ class _Writer:
         frame, indices = self._journal.frame, self._subset.indices
         for dimension, chosen in zip(frame.dimensions, indices, strict=True):
             file.createDimension(dimension.name, len(chosen))
-        rollouts = sample.sizes.get(ROLLOUT, self._base.sizes[self._base_rollout])
-        tasks = {
-            PROMPT: (self._subset.prompts, "index of the task in the prompt set"),
-            ROLLOUT: (rollouts, "index of the rollout of a task"),
-        }
+        tasks = {PROMPT: (self._subset.prompts, "index of the task in the prompt set")}
+        if ROLLOUT in sample.dims or self._base_rollout == ROLLOUT:
+            count = sample.sizes.get(ROLLOUT, self._base.sizes[self._base_rollout])
+            tasks[ROLLOUT] = (count, "index of the rollout of a task")
         if self._base_rollout != ROLLOUT:
             count = self._base.sizes[self._base_rollout]
             tasks[self._base_rollout] = (count, "index of the checkpoint's own rollout of a task")

@@ -122,7 +122,8 @@ class Sweep:
             config.env.max_concurrent,
             keep_traces=config.save_traces,
         )
-        return PointMeter(server.client, runner, self.tasks, config.env.rollouts, config.seed, config.surrogate)
+        env, client = config.env, server.client
+        return PointMeter(client, runner, self.tasks, env.rollouts, config.seed, config.surrogate, env.base_rollouts)
 
     async def plans(self, snapshot: Snapshot) -> list[Plan]:
         """The plans of the designs around one snapshot."""
@@ -151,7 +152,7 @@ class Sweep:
 
             async def probe(points: Sequence[Coordinates]) -> Sequence[Probe]:
                 job.points = list(points)
-                base = 0 if job.ready else episodes
+                base = 0 if job.ready else tasks * config.env.own_rollouts
                 self.display.open(f"step {snapshot.step}, range", 0, len(points), episodes, base)
                 await pool.work(PointQueue(range(len(points))), job, new_slice=not job.ready)
                 return [job.found[index] for index in range(len(points))]
@@ -198,8 +199,9 @@ class Sweep:
                 break
             total = sum(point.slice == index for point in plan.points)
             tasks = round(sum(portion.stop - portion.start for portion in missing) / len(missing)) if missing else 0
-            base = plan.tasks if missing and plan.journal.read_base() is None else 0
-            display.open(self.label(plan, index), total - len(missing), total, tasks * rollouts, base * rollouts)
+            base = plan.tasks if plan.journal.read_base() is None else 0
+            episodes = base * self.config.env.own_rollouts
+            display.open(self.label(plan, index), total - len(missing), total, tasks * rollouts, episodes)
             await pool.work(PointQueue(missing), job, new_slice=not entered)
             entered = True
             if plan.refinement is None:

@@ -77,7 +77,7 @@ def test_even_axes_gain_the_origin():
         (["--grid.beta.min", "-1e-6", "--grid.beta.max", "1e4"], "differ by less than a factor of 1e\\+09"),
         (["--grid.find.largest-factor", "1e7"], "could make an axis"),
         (["--grid.find.kl", "1e999"], "finite|number"),
-        (["--env.num-prompts", "1000000", "--env.rollouts", "100"], r"100,000,000 episodes per point"),
+        (["--env.num-prompts", "1000000", "--env.rollouts", "100"], r"100,000,000 episodes in one batch"),
         (["--env.num-prompts", "9" * 20], r"--env\.num-prompts\n.*less than or equal to 10000000"),
     ],
 )

@@ -150,7 +150,9 @@ def _keys(table: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _table_in(annotation: Any) -> type[BaseModel] | None:
-    """The table that a key holds, if it holds one."""
+    """The table that a key holds, if it holds one; a list of tables is one key."""
+    if typing.get_origin(annotation) is list:
+        return None
     for option in (annotation, *typing.get_args(annotation)):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option

@@ -1,7 +1,7 @@
 """Chat messages → token ids, by the policy's own tokenizer and chat template.
 
-A tokenizer that is not whole and a template that cannot render a conversation are errors of the snapshot: they are
-raised at once and never counted as failed episodes.
+An incomplete tokenizer, or a template that cannot render a conversation, is an error of the snapshot: it is raised at
+once and never counted as a failed episode.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FILES = (
 )
 """Files from which transformers builds a tokenizer and its chat template."""
 _SAMPLE = "Sort <b>3 naïve names</b>:\n\n\tÅsa, 李, O'Neil 🙂 — 12,345.67"
-"""A text that takes most tokenizers through letters, digits, spaces, tags and bytes."""
+"""A text with letters, digits, spaces, tags and characters that many tokenizers split into bytes."""
 
 
 class ChatFormat:
@@ -86,7 +86,7 @@ class ChatFormat:
         return str(text)
 
     def extend(self, prompt: list[int], completion: Completion, messages: str) -> list[int]:
-        """The next prompt: what the model saw and said, token for token, then `messages`."""
+        """The next prompt: the tokens that the model saw and sampled, then `messages`."""
         bridge = self.bridge(messages)
         sampled = completion.tokens.tolist()
         # The sampled end-of-turn token is the template's own; after a cut reply the template must close it.
@@ -107,7 +107,7 @@ def load_tokenizer(policy: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise SnapshotError(f"{policy} has no usable tokenizer: {error}") from error
-    # Where the vocabulary is missing, transformers builds an empty tokenizer of the model's type and says nothing.
+    # Where the vocabulary is missing, transformers builds an empty tokenizer of the model's type without a message.
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
         raise SnapshotError(
             f"{policy} has no tokenizer with a vocabulary (such as tokenizer.json); copy the tokenizer files of the "
@@ -131,10 +131,10 @@ def _vocabulary_size(policy: Path) -> int | None:
 
 
 def check_same_chat(policies: Sequence[Path]) -> None:
-    """Raise `SnapshotError` where a snapshot would tokenize or render a conversation otherwise than the first.
+    """Raise `SnapshotError` where a snapshot would tokenize or render a conversation differently from the first.
 
-    All snapshots of a sweep are asked with the first one's tokenizer and template, so that only the weights differ. A
-    later snapshot without tokenizer files has nothing that could differ.
+    All snapshots of a sweep get their prompts by the first one's tokenizer and template, so that only the weights
+    differ. A later snapshot without tokenizer files has nothing that could differ.
     """
     first, *others = policies
     contents = {name: path.read_bytes() for name, path in _tokenizer_files(first).items()}
@@ -163,7 +163,7 @@ def _chat_facts(policy: Path) -> dict[str, object]:
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # How a caller pads or truncates is no property of the policy.
+        # How a caller pads or truncates does not belong to the policy.
         rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
         rules["model"].pop("vocab", None)  # compared above
         facts["tokenization"] = rules

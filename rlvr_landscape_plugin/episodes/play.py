@@ -5,8 +5,8 @@ them; only the agent is ours. It runs its chat loop in this process and sends to
 server, so that a turn costs no process and no re-tokenisation: the prompt of a later turn is the tokens of the earlier
 ones as sampled, followed by what the chat template puts between them.
 
-What such an agent cannot honour is refused when the taskset is opened (`tasksets.py`). verifiers is imported inside
-functions: `--help` must not wait for it.
+What such an agent cannot do is refused when the taskset is opened (`tasksets.py`). verifiers is imported inside
+functions, so that `--help` does not wait for it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class EpisodeRunner:
         )
         self._gate = asyncio.Semaphore(self.max_concurrent)
         self._known: dict[int, _KnownTask] = {}
-        # Each runtime starts processes; the conversations themselves wait for nothing but the server.
+        # Each runtime starts processes; the conversations themselves only wait for the server.
         self.runtime_gate = asyncio.Semaphore(len(os.sched_getaffinity(0)))
 
     async def batch(
@@ -131,7 +131,7 @@ class EpisodeRunner:
         except Exception as raised:  # the taskset's own code failed: that is data
             problem = raised
         if play.stopped_by is not None:
-            # The taskset's code may have caught it, as if it had been about the reply.
+            # The taskset's code may have caught it and taken it for an error of the reply.
             raise play.stopped_by
         return self._result(play, problem)
 
@@ -166,10 +166,10 @@ class EpisodeRunner:
         await self.env.finalize(task, Episode(task=trace.task, traces=[trace], ok=True))
 
     def known(self, task: vf.Task) -> _KnownTask:
-        """What is looked up once per task rather than once per turn.
+        """What is looked up once per task instead of once per turn.
 
-        A task of a batch stays known. One that the environment makes during an episode is looked at each time, because
-        nothing but the task itself names it: Python gives its address to the next one.
+        The result for a task of a batch is kept. A task that the environment makes during an episode is examined each
+        time, because only its address would identify it, and Python gives the address to the next task.
         """
         found = self._known.get(id(task))
         if found is not None and found.task is task:
@@ -194,7 +194,7 @@ class _KnownTask:
         from verifiers.v1.trace import TraceTask
 
         self.task = task
-        """Held, so that its address stays its own."""
+        """Kept alive, so that no other task gets its address."""
         self.record = TraceTask.model_construct(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
         self.stops = task.hooks("stop")
         self.needs_runtime = bool(runtime_needs(task))
@@ -221,9 +221,10 @@ _batches: list[tuple[int, int, int]] = []
 
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Let Python look for reference cycles rarely while a batch is in flight.
+    """Let Python search for reference cycles rarely while a batch is in flight.
 
-    It would walk the traces of all episodes again and again, half of the client's time, and they hold hardly a cycle.
+    It would search the traces of all episodes again and again, for half of the client's time, and they have almost no
+    cycles.
     """
     _batches.append(_batches[0] if _batches else gc.get_threshold())
     gc.set_threshold(100_000, 50, 100)
@@ -270,7 +271,7 @@ class _Play:
 
 
 class _Agent:
-    """Stands where verifiers passes an `Agent`: `run` and `interaction`, nothing that needs a process."""
+    """Takes the place of verifiers' `Agent`: `run` and `interaction`, nothing that needs a process."""
 
     def __init__(self, play: _Play) -> None:
         self._play = play
@@ -402,7 +403,7 @@ class _Interaction:
         return reply
 
     def _append(self, **fields: object) -> None:
-        # A copy of an empty node costs a tenth of constructing one, whose defaults are looked up anew each time.
+        # A copy of an empty node costs a tenth of constructing one, whose defaults are looked up each time.
         parent = len(self.trace.nodes) - 1 if self.trace.nodes else None
         blank = {"token_ids": [], "mask": [], "is_content": [], "logprobs": [], "timestamp": time.time()}
         self.trace.nodes.append(_empty_node().model_copy(update={"parent": parent, **blank, **fields}))
@@ -442,7 +443,7 @@ class _Interaction:
 
 @contextlib.asynccontextmanager
 async def _deadline(seconds: float | None, what: str) -> AsyncIterator[None]:
-    """A time limit of the task or the role, whose passing says what took too long."""
+    """A time limit of the task or the role; its error says what took too long."""
     limit = asyncio.timeout(seconds)
     try:
         async with limit:

@@ -1,4 +1,4 @@
-"""What an episode leaves: its token sequences with log-probabilities, its reward and metrics, or why it failed."""
+"""The result of an episode: its token sequences with log-probabilities, its reward and metrics, or why it failed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rollouts = Sequence[Sequence["Rollout"]]
 
 
 def sampling_seed(seed: int, stream: str, prompt: int, rollout: int, turn: int) -> int:
-    """The sampler's seed of one turn, in [0, 2^63): a pure function of where the turn stands.
+    """The sampler's seed of one turn, in [0, 2^63): a pure function of the arguments, which say which turn it is.
 
     The same at every grid point, so that neighbouring policies share their randomness (common random numbers).
     """
@@ -43,7 +43,7 @@ class Segment:
 
 @dataclass
 class Rollout:
-    """What remains of one episode."""
+    """The result of one episode."""
 
     reward: float
     """Sum of the task's weighted rewards; NaN when `status` is ERROR."""
@@ -77,7 +77,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Failures:
-    """How many episodes of a batch failed, and why the first of them did."""
+    """How many episodes of a batch failed, and why the first of them failed."""
 
     failed: int
     episodes: int

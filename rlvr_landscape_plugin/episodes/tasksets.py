@@ -1,8 +1,8 @@
-"""Opening a taskset of verifiers, and refusing what an in-process agent cannot honour.
+"""Opening a taskset of verifiers, and refusing what an in-process agent cannot do.
 
 Tools, containers, request hooks, images and rewards that need a runtime are refused when the taskset is opened, never
-skipped: every task is looked at, not only the first. verifiers is imported inside functions: `--help` must not wait
-for it.
+skipped: every task is checked, not only the first. verifiers is imported inside functions, so that `--help` does not
+wait for it.
 """
 
 from __future__ import annotations

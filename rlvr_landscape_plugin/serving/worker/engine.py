@@ -1,14 +1,14 @@
 """Weight moves inside a vLLM worker, as a `WeightTransferEngine` named `landscape`.
 
-The engine holds the pristine snapshot and both directions, or draws these again (memory.py), and writes
-`pristine + α δ + β η`, computed in float32 and cast once, in place (captured graphs keep their pointers). It never adds
-to what is already there, so nothing drifts and (0, 0) is the snapshot bit for bit. There are two paths with the same
-outcome:
+The engine holds the unchanged ("pristine") snapshot and both directions, or draws the directions again (memory.py), and
+writes `pristine + α δ + β η`, computed in float32 and cast once, in place (captured graphs keep their pointers). It
+never adds to what is already there, so errors do not accumulate, and (0, 0) is the snapshot bit for bit. There are two
+paths with the same result:
 
 - `loader`: tensors under checkpoint names go through the model's own loader inside vLLM's layerwise reload, which knows
   every fused projection, tensor-parallel shard and packed kernel layout. Right for every model, and slow.
 - `kernel` (kernel_layout.py): θ, δ and η went through the loader once, when the slice was loaded; a move is arithmetic
-  on the parameters, bound by memory. It is taken if a trial move to random coordinates left the same weights, by
+  on the parameters, bound by memory. It is used if a trial move to random coordinates left the same weights, by
   SHA-256, as the loader.
 
 vLLM's worker calls return nothing to the front end, so each call leaves a small JSON report in a directory that the
@@ -93,7 +93,7 @@ def register() -> None:
 
 @dataclass
 class LoadRequest(WeightTransferInitInfo):
-    """Take a snapshot and a slice in; the weights of the server do not change yet."""
+    """Load a snapshot and a slice; the weights of the server do not change yet."""
 
     report: str
     """Directory for this call's reports, one `rank<N>.json` per worker."""
@@ -129,7 +129,7 @@ class MoveStats:
 
 
 def _repack_shared(model: torch.nn.Module) -> None:
-    """Let vLLM pack again what a reload passes over on a CPU: a tied output head's own copy of the embedding."""
+    """Let vLLM pack again what a reload leaves out on a CPU: a tied output head's own copy of the embedding."""
     for module in model.modules():
         weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
         if hasattr(module, "cpu_linear") and weight is not None and weight.numel() and method is not None:
@@ -234,7 +234,7 @@ class Slice:
         return Slice(self.spec, {name: tensor.to(device) for name, tensor in self.theta.items()}, self.draw, held)
 
     def along(self, axis: Axis) -> Iterator[torch.Tensor | None]:
-        """The direction of an axis, drawn tensor by tensor in the order of `theta`; None where it stands still."""
+        """The direction of an axis, drawn tensor by tensor in the order of `theta`; None where it does not move."""
         return in_threads(lambda name: self.draw(axis, name) if self.spec.moves(name) else None, self.theta)
 
     def _pairs(self, names: Iterable[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -302,7 +302,7 @@ class _State:
 
 
 class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, MoveRequest]):
-    """One per worker. `init_transfer_engine` takes a slice in, `update_weights` moves."""
+    """One per worker. `init_transfer_engine` loads a slice, `update_weights` moves."""
 
     init_info_cls = LoadRequest
     update_info_cls = MoveRequest
@@ -316,7 +316,8 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         """Whether linear layers of this CPU hold their weights as they are from now on."""
 
     def init_transfer_engine(self, init_info: LoadRequest) -> None:
-        """Read, check and scale; on any error the report says what failed, and the slice held before stays in force.
+        """Read, check and scale; after any error the report says what failed, and the slice that was loaded before
+        stays loaded.
 
         Raises `AccessError` for a report directory that the routes did not make.
 
@@ -328,7 +329,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             self._report(init_info.report, checksums(self.model))
             return
         started = time.perf_counter()
-        # Before any worker of this machine gives back what it holds, or takes more.
+        # Before any worker of this machine frees memory or takes more.
         free = memory.free_on_host() / self._workers + (0 if self._state is None else self._state.on_host)
         try:
             wish = memory.asked()
@@ -423,8 +424,8 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
     def _place(self, slice_: Slice, wish: memory.Asked, free: float, kernel: bool) -> memory.Memory:
         """Where the directions go.
 
-        Ranks share the kernel layout's tensors, the loader's are whole on each of them. Taking a slice into the kernel
-        layout needs one more direction on the host for a moment, and a copy of the weights.
+        Ranks share the kernel layout's tensors, the loader's are whole on each of them. Loading a slice in kernel
+        layout needs one more direction on the host for a short time, and a copy of the weights.
         """
         size = memory.HALF.itemsize if wish == "half" else torch.float32.itemsize
         theta = sum(tensor.nbytes for tensor in slice_.theta.values())
@@ -480,7 +481,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         try:
             self._write_by_loader(slice_, *point)
             expected = held()
-            # Whatever the kernel path did not reach would now show.
+            # Weights that the kernel path did not write would now differ.
             put_back()
             delta, eta = (slice_.along(axis) for axis in AXES)
             dtype, ranks = self.model_config.dtype, self._ranks
@@ -497,7 +498,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         return layout, f"same weights as by the loader at ({point[0]:.3f}, {point[1]:.3f})"
 
     def _check_kernels(self) -> None:
-        """Refuse a server whose compiled graph would go on using the weights it was compiled with."""
+        """Refuse a server whose compiled graph would still use the weights it was compiled with."""
         if self.device.type == "cpu" and not self.model_config.enforce_eager:
             raise ValueError(
                 "this CPU server was started without --enforce-eager: its compiled graph keeps packed copies of the "
@@ -522,7 +523,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         state.at = None
         try:
             changed = self._write(state.how, update_info.alpha, update_info.beta)
-        except Exception as error:  # a mixture of two policies must be repaired or declared, whatever raised
+        except Exception as error:  # after any error, a mixture of two policies must be repaired or reported
             outcome = {"error": f"{type(error).__name__}: {error}", "weights": "dirty"}
             if before is not None:
                 try:
@@ -571,7 +572,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
                 self._keep_plain()
             elif self.device.type == "cpu":
                 _repack_shared(self.model)
-        # Every rank goes through the whole checkpoint.
+        # Every rank reads the whole checkpoint.
         return stats.changed / self._ranks
 
     def _report(self, directory: str, content: dict[str, Any]) -> None:
@@ -581,5 +582,5 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         os.replace(scratch, path)
 
     def shutdown(self) -> None:
-        """Forget slice and snapshot; the model keeps the weights it has."""
+        """Drop slice and snapshot; the model keeps the weights it has."""
         self._state = None

@@ -33,7 +33,7 @@ _CHUNK = 2**20
 """Elements that a thread takes on at a time."""
 _MOST_THREADS = 16
 _MOST_RUNS = 4096
-"""Pieces of checkpoint tensors in one parameter above which copies on other ranks are not told apart."""
+"""Above this number of pieces of checkpoint tensors in one parameter, copies on other ranks are not distinguished."""
 _PACKED_FOR = 64
 """Rows of input that packed weights are laid out for; any number of rows may come."""
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +66,8 @@ class Part:
     """The oneDNN tensor that a linear layer of a CPU multiplies with; θ, δ and η are then in its order, padded."""
 
     def destination(self) -> torch.Tensor:
-        """What a move writes, flat, and what the kernel will read; settled anew each time, as a reload replaces it."""
+        """What a move writes, flat, and what the kernel will read; looked up each time, because a reload replaces
+        it."""
         if self.packed is not None:
             self.module.cpu_linear = _packed_linear(self.packed)
             return _memory(self.packed)
@@ -124,7 +125,7 @@ class Layout:
         devices = {target.device for target in targets if target.is_cuda}
         for device in devices:
             torch.cuda.synchronize(device)
-        # One iterator for all threads: a core with other work takes fewer chunks.
+        # One iterator for all threads, so that a core with other work takes fewer chunks.
         pool, threads = _threads()
         futures = [pool.submit(_move_chunks, chunks, alpha, beta) for _ in range(threads)]
         wait(futures)
@@ -208,11 +209,11 @@ def build_layout(
     home: torch.device,
     ranks: int = 1,
 ) -> Layout:
-    """Push θ (checkpoint names), δ and η through the model's loader; its weights stay as they are.
+    """Send θ (checkpoint names), δ and η through the model's loader; its weights stay as they are.
 
-    `delta` and `eta` are in the order of `theta`, None for tensors that stand still, and are taken one at a time; their
+    `delta` and `eta` are in the order of `theta`, None for tensors that do not move, and are read one at a time; their
     values must be exact in `directions_dtype`. `ranks` is the tensor-parallel size. Raises `UnsupportedLayoutError`,
-    for a model that does not hold every tensor exactly once too (told for one rank).
+    also for a model that does not hold every tensor exactly once (which is known for one rank only).
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
     kinds = {tensor.dtype for tensor in theta.values()}
@@ -401,8 +402,8 @@ def _capture(model: Any, weights: Weights, home: torch.device, dtype: torch.dtyp
 def keep_plain(model: Any, dtype: torch.dtype, ranks: int) -> None:
     """Let a CPU model multiply with its parameters as they are, and give back those that vLLM took away when packing.
 
-    Layers that can be moved in packed form are left alone. Uses vLLM's own way out of packing
-    (`_cpu_skip_gemm_dispatch`), which later reloads keep to. Changes no weight; safe to call again.
+    Layers that can be moved in packed form are left alone. Uses vLLM's own switch against packing
+    (`_cpu_skip_gemm_dispatch`), which later reloads respect. Changes no weight; safe to call again.
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)

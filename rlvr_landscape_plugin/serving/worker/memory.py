@@ -1,7 +1,7 @@
 """How a worker keeps the slice's two directions: resident, resident in 16 bits, or drawn again for each move.
 
-Only speed depends on the choice between `float32` and `regenerated`, so free memory may make it. `half` changes what is
-measured by the rounding of the directions, so only a person may.
+Only speed depends on the choice between `float32` and `regenerated`, so it may follow from the free memory. `half`
+changes what is measured, by the rounding of the directions, so only a person may choose it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ by about 1e-5; 16-bit weights are rounded by as much at every move."""
 _DEVICE_MARGIN, _HOST_MARGIN = 0.9, 0.8
 """Share of the free memory that the slice may take."""
 _UNLIMITED = 2**60
-"""Limits above this are how a control group says that there is none."""
+"""A control group without a limit reports one above this."""
 
 Mode = Literal["float32", "half", "regenerated"]
 Asked = Literal["auto", "float32", "half", "regenerated"]
@@ -41,7 +41,7 @@ class Memory:
 
 
 def asked() -> Asked:
-    """What the server's environment asks for; raises `ValueError` for a word that is no mode."""
+    """What the server's environment asks for; raises `ValueError` for anything that is no mode."""
     word = os.environ.get(DIRECTIONS_MEMORY_VARIABLE, "auto")
     if word not in ("auto", "float32", "half", "regenerated"):
         raise ValueError(
@@ -73,7 +73,7 @@ def _words(memory: tuple[float, float], where: str) -> str:
 
 
 def free_on_host(root: Path = Path("/")) -> float:
-    """Bytes that this process can still use without swapping; inf where the system does not say.
+    """Bytes that this process can still use without swapping; inf where the system does not report it.
 
     The machine's available memory, or what is left in the tightest memory control group of this process (v1 or v2),
     where the file cache that can be dropped counts as free.
@@ -97,7 +97,8 @@ def free_on_host(root: Path = Path("/")) -> float:
 
 
 def _left(mount: Path, group: str, limit: str, usage: str, cache: str) -> Iterator[float]:
-    """What is left in a control group and those around it, bytes; a container may see only its own, as the mount."""
+    """What is left in a control group and in those that contain it, bytes; a container may see its own only, as the
+    mount."""
     yield math.inf
     folder = mount / group.lstrip("/")
     for place in (folder, *folder.parents):

@@ -27,6 +27,9 @@ from typing import Any
 
 from rlvr_landscape_plugin.errors import LandscapeError, StoreError
 
+JsonObject = dict[str, Any]
+"""A JSON object: what it holds is known where it is read."""
+
 STALE_SECONDS = 3600.0
 """Age at which a temporary file has certainly lost its writer."""
 
@@ -198,7 +201,7 @@ def move_aside(path: Path, reason: str, consequence: str = "will be measured aga
     warnings.warn(f"{path} was moved to {aside.name} and {consequence}: {reason}", stacklevel=4)
 
 
-def read_checked_json(path: Path, key: str) -> dict[str, Any] | None:
+def read_checked_json(path: Path, key: str) -> JsonObject | None:
     """The content of a JSON file whose `sha256` is `digest` of what stands under `key`, or None where there is no file.
 
     A list, which older versions wrote without a checksum, is returned under `key`. A damaged file is moved aside with a

@@ -11,7 +11,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ConfigDict, model_validator
 from pydantic_config import BaseConfig, ConfigFileError, cli
@@ -32,13 +32,13 @@ class StrictConfig(BaseConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
+    def _known_keys(cls, data: object) -> object:
         if problems := _unknown_keys(cls, data):
             raise ValueError("; ".join(problems))
         return data
 
 
-def _unknown_keys(table: type[StrictConfig], data: Any, prefix: str = "") -> list[str]:
+def _unknown_keys(table: type[StrictConfig], data: object, prefix: str = "") -> list[str]:
     """One sentence per key of `data`, at any depth, that `table` does not declare."""
     problems = []
     for key, value in data.items() if isinstance(data, dict) else ():

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, StrictConfig
 from rlvr_landscape_plugin.config.designs import CensusConfig, GridConfig, PathConfig, SliceConfig
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.objectives import LANDSCAPE_FEEDS, Objective, check_feeds, configure
 
 DESIGN_TABLES = ("grid", "census", "path")
@@ -234,7 +235,7 @@ class SweepConfig(StrictConfig):
         first, _, of = (self.shard or "1/1").partition("/")
         return int(first), int(of)
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """What determines the numbers, JSON-able; `from_provenance` turns it back into a configuration."""
         data = self.model_dump(
             mode="json",
@@ -266,13 +267,13 @@ class SweepConfig(StrictConfig):
             del data["env"]["base_rollouts"]
         if not data["design_options"]:
             del data["design_options"]
-        server: dict[str, Any] = {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}
+        server: JsonObject = {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}
         if self.server.directions_memory == "half":
             server["directions_memory"] = "half"
         return data | {"server": server}
 
     @classmethod
-    def from_provenance(cls, data: dict[str, Any]) -> SweepConfig:
+    def from_provenance(cls, data: JsonObject) -> SweepConfig:
         """A configuration that measures the same numbers."""
         return cls.model_validate(data)
 

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlvr_landscape_plugin.config.base import MOST_EPISODES, StrictConfig
 from rlvr_landscape_plugin.config.sweep import SamplingConfig, ServerConfig
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.schedule import LIMIT, parse_schedule
 
 LARGEST_TRAINING_SEED = 2**32 - 1
@@ -229,7 +230,7 @@ class TrainConfig(StrictConfig):
         return self.env.num_tasks if self._same_stream else 0
 
     @property
-    def held_out_taskset(self) -> dict[str, Any]:
+    def held_out_taskset(self) -> JsonObject:
         """The options of the held-out tasks: `env.taskset` as `evaluation.taskset` changes it, paid by the verifier."""
         practised = dict(self.env.taskset)
         if "reward_mode" in practised.get("task", {}):
@@ -241,7 +242,7 @@ class TrainConfig(StrictConfig):
         """Episodes in one batch of rollouts."""
         return self.env.tasks_per_batch * self.env.rollouts
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """What determines the run, JSON-able; what only concerns speed is left out, `steps` too without a decay."""
         data = self.model_dump(mode="json", exclude={"output", "steps", "threads", "dry_run", "server"})
         del data["env"]["max_concurrent"]
@@ -253,17 +254,17 @@ class TrainConfig(StrictConfig):
         return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}
 
 
-def _merged(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merged(options: JsonObject, changes: JsonObject) -> JsonObject:
     """`options` with `changes` on top; tables in both are merged in turn."""
     both = {key: _merged(options[key], value) for key, value in changes.items() if _are_tables(options.get(key), value)}
     return options | changes | both
 
 
-def _are_tables(*values: Any) -> bool:
+def _are_tables(*values: object) -> bool:
     return all(isinstance(value, dict) for value in values)
 
 
-def _drop_reward_mode(options: dict[str, Any]) -> dict[str, Any]:
+def _drop_reward_mode(options: JsonObject) -> JsonObject:
     """What makes the tasks: all options but the one that only changes what is paid."""
     task = {key: value for key, value in options.get("task", {}).items() if key != "reward_mode"}
     return {key: value for key, value in options.items() if key != "task"} | ({"task": task} if task else {})

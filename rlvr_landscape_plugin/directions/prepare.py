@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from rlvr_landscape_plugin.directions.spec import (
 )
 from rlvr_landscape_plugin.directions.trajectory import Trajectory, squared
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError, StoreError
-from rlvr_landscape_plugin.files import digest, file_sha256, publish_directory
+from rlvr_landscape_plugin.files import JsonObject, digest, file_sha256, publish_directory
 from rlvr_landscape_plugin.snapshot import Snapshot, TensorInfo, read_tensor, safetensors_header, write_safetensors
 
 
@@ -192,7 +191,7 @@ def open_direction(
     return fitting_tensors(file, {name: shape for name, shape in shapes.items() if spec.moves(name)}, spec)
 
 
-def _read_facts(file: Path) -> dict[str, Any]:
+def _read_facts(file: Path) -> JsonObject:
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -17,9 +17,11 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from rlvr_landscape_plugin.files import JsonObject
 
 GENERATOR = "numpy-philox-sha256-v1"
 """Name of the random stream; part of every dataset's provenance."""
@@ -94,7 +96,7 @@ class SliceSpec:
             fnmatch.fnmatchcase(name, glob) for glob in self.exclude
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """A JSON-able dict that `SliceSpec(**d)` turns back into an equal value."""
         data = asdict(self) | {"include": list(self.include), "exclude": list(self.exclude)}
         return {key: value for key, value in data.items() if key not in AXES or value is not None}
@@ -111,11 +113,11 @@ def raw_direction(seed: int, axis: Axis, name: str, shape: tuple[int, ...]) -> n
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
 
 
-def _norm(values: np.ndarray, axis: tuple[int, ...] | None = None) -> Any:
+def _norm(values: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray | np.float64:
     return np.sqrt(np.sum(np.square(values, dtype=np.float64), axis=axis, keepdims=axis is not None))
 
 
-def _ratio(weight_norm: Any, noise_norm: Any) -> np.ndarray:
+def _ratio(weight_norm: np.ndarray | np.float64, noise_norm: np.ndarray | np.float64) -> np.ndarray:
     """weight_norm / noise_norm in float64, 0 where the noise is 0 (an empty or constant-zero draw)."""
     weight_norm, noise_norm = np.asarray(weight_norm), np.asarray(noise_norm)
     return np.divide(weight_norm, noise_norm, out=np.zeros_like(weight_norm), where=noise_norm > 0)
@@ -133,7 +135,9 @@ def scaled_direction(spec: SliceSpec, axis: Axis, name: str, weight: np.ndarray,
     return noise * scale_factor(spec.direction(axis).normalization, weight, noise, global_scale).astype(np.float32)
 
 
-def scale_factor(normalization: Normalization, weight: np.ndarray, values: np.ndarray, global_scale: float) -> Any:
+def scale_factor(
+    normalization: Normalization, weight: np.ndarray, values: np.ndarray, global_scale: float
+) -> np.ndarray | np.float64:
     """What scales `values`, a direction's part in one tensor, to `weight`: float64, broadcastable."""
     if normalization == "none":
         return np.float64(1.0)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -40,6 +40,15 @@ _FORMAT = 1
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
+class FileEntry(TypedDict):
+    """What a manifest says about one file."""
+
+    sha256: str
+    """Hex."""
+    size: int
+    """Bytes."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Where a snapshot comes from and what it consists of; `manifest.json` in its directory."""
@@ -52,13 +61,13 @@ class Manifest:
     """Id of the run that wrote it."""
     parent_run: str | None = None
     """Id of the run whose snapshot this run started from; None where it started from another model."""
-    configuration: Mapping[str, Any] = field(default_factory=dict)
+    configuration: Mapping[str, object] = field(default_factory=dict)
     """The run's configuration, JSON-able."""
-    objective: Mapping[str, Any] = field(default_factory=dict)
+    objective: Mapping[str, object] = field(default_factory=dict)
     """`name` and `options` of the training objective."""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     """The trainer's metrics of this step; empty where there are none, as at step 0."""
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
     """Relative path → `sha256` (hex) and `size` (bytes) of every file but the manifest itself. Empty: unknown."""
 
     @classmethod
@@ -315,7 +324,7 @@ def write_snapshot(root: Path, manifest: Manifest, fill: Callable[[Path], None])
     otherwise `SnapshotError` names the first difference.
     """
     target = root / snapshot_name(manifest.step)
-    files: dict[str, dict[str, str | int]] = {}
+    files: dict[str, FileEntry] = {}
 
     def fill_and_describe(folder: Path) -> None:
         fill(folder)
@@ -331,7 +340,7 @@ def write_snapshot(root: Path, manifest: Manifest, fill: Callable[[Path], None])
     return target
 
 
-def _same_files(target: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _same_files(target: Path, files: Mapping[str, FileEntry]) -> None:
     names = sorted(set(_contents(target)) | set(files))
     for name in names:
         if name not in files or not (target / name).is_file() or file_sha256(target / name) != files[name]["sha256"]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rlvr_landscape_plugin.episodes import ERROR, TRUNCATED, Rollout
 from rlvr_landscape_plugin.errors import TasksetError
+from rlvr_landscape_plugin.files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def pass_at_k(passed: np.ndarray, k: int) -> np.ndarray:
 
 def evaluation_metrics(
     groups: Sequence[Sequence[Rollout]], threshold: float, start: Sequence[float | None] | None
-) -> dict[str, Any]:
+) -> JsonObject:
     """An evaluation on held-out tasks: `reward` with its standard error over tasks, pass@1 and pass@n, entropy, length.
 
     `task_rewards` are the means per task. Given those of step 0 as `start`, `gain` is the mean difference to them and
@@ -116,7 +116,7 @@ def evaluation_metrics(
     passed = seen & (np.where(seen, rewards, -np.inf) >= threshold)
     surprisal = np.concatenate([rollout.sampled_logprobs for group in groups for rollout in group])
     flat = [rollout for group in groups for rollout in group]
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "reward": float(np.nanmean(means)),
         "reward_se": _standard_error(means),
         "pass_1": float(pass_at_k(passed, 1).mean()),

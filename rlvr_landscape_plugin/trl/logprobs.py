@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 64
 """Sequences in one pass through the model."""
@@ -20,7 +23,7 @@ def mean_kl(samplers: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) ->
     return float(sums[mask.any(dim=1)].mean())
 
 
-def log_probability(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probability(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """log π and, without gradient, the full distribution's entropy of every sampled token, (sequence, token), nat.
 
     0 outside the mask. Only sampled tokens pass the output head, and rows pass the model a few at a time, the short
@@ -36,7 +39,7 @@ def log_probability(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.
 
 
 def _score(
-    model: Any, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor
+    model: PreTrainedModel, ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_probability` of a few rows in one pass, without the columns that are padding in all of them."""
     prompt = ids.size(1) - mask.size(1)
@@ -48,7 +51,9 @@ def _score(
     seen = mask[:, : last - prompt]
     # What stands before a token predicts it.
     before = hidden[:, prompt - first - 1 : -1][seen]
-    log_policy = torch.log_softmax(model.get_output_embeddings()(before).float(), dim=-1)
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output head"
+    log_policy = torch.log_softmax(head(before).float(), dim=-1)
     sampled = log_policy.gather(1, ids[:, prompt:last][seen][:, None])[:, 0]
     constant = log_policy.detach()
     entropy = -(constant.exp() * constant).sum(dim=1)

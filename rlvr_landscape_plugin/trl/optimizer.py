@@ -7,7 +7,7 @@ gradient clipping reach both; its state is the pair of theirs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -72,9 +72,9 @@ class Pair(torch.optim.Optimizer):
         self._share()
 
 
-def forget(optimizer: Any) -> None:
+def forget(optimizer: object) -> None:
     """Drop all moments; learning rates and schedules stay."""
     # accelerate wraps the optimizer of a trainer.
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    for part in optimizer.parts if isinstance(optimizer, Pair) else (optimizer,):
+    inner = cast(torch.optim.Optimizer, getattr(optimizer, "optimizer", optimizer))
+    for part in inner.parts if isinstance(inner, Pair) else (inner,):
         part.state.clear()

@@ -23,11 +23,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.errors import StoreError
-from rlvr_landscape_plugin.files import publish, replace_text, writing
+from rlvr_landscape_plugin.files import JsonObject, publish, replace_text, writing
 from rlvr_landscape_plugin.schedule import parse_schedule
 from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, Snapshot, snapshot_name, write_snapshot
 from rlvr_landscape_plugin.trl.states import STATES_ARE_SAFE, remove_incomplete
@@ -36,8 +35,6 @@ WEIGHT_FILES = {"model.safetensors.index.json", MANIFEST}
 """Files beside *.safetensors that belong to a policy's weights, not to its configuration and tokenizer."""
 Save = Callable[[Path], object]
 """Writes a policy's weights into a directory."""
-Line = dict[str, Any]
-"""One line of a journal: its step, and values that JSON can hold."""
 
 
 class Lines:
@@ -46,7 +43,7 @@ class Lines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[Line]:
+    def read(self) -> list[JsonObject]:
         """Every whole line; a line that a kill cut short is passed over."""
         if not self.path.is_file():
             return []
@@ -56,11 +53,11 @@ class Lines:
                 lines.append(json.loads(text))
         return lines
 
-    def at(self, step: int) -> Line | None:
+    def at(self, step: int) -> JsonObject | None:
         """The line of a step."""
         return next((line for line in self.read() if line["step"] == step), None)
 
-    def append(self, line: Line) -> None:
+    def append(self, line: JsonObject) -> None:
         """Add a line and sync it. Raises `StoreError` for a disk that refuses."""
         with writing(self.path, STATES_ARE_SAFE), self.path.open("a") as sink:
             sink.write(json.dumps(line) + "\n")
@@ -92,7 +89,7 @@ class RunDirectory:
         self.schedule = set(parse_schedule(config.snapshots))
         self.identity = self._open()
 
-    def _open(self) -> dict[str, Any]:
+    def _open(self) -> JsonObject:
         """The identity that `run.json` holds, written first if there is none."""
         wanted = {
             "configuration": self.config.provenance(),

@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.directions import SliceSpec
@@ -109,7 +109,7 @@ class PolicyServer:
         """The policy's own tokenizer."""
         return self._chat.tokenizer
 
-    def _wait(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+    def _wait(self, coroutine: Coroutine[object, None, _T]) -> _T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

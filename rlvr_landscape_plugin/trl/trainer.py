@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -122,13 +122,18 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_SaveWhereAsked(hooks.wants_state))
 
+    @property
+    def _policy(self) -> PreTrainedModel:
+        """The policy that is trained, without what accelerate may have wrapped around it."""
+        return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+
     # Rollouts
 
     def save_policy(self, folder: Path) -> None:
         """The present weights with their config, as a snapshot directory that a server can read."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        self._policy.save_pretrained(folder)
 
-    def _roll(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
+    def _roll(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         rollouts, step = self._run.env.rollouts, self.state.global_step
         indices = [int(index) for index in prompts[::rollouts]]
         if [int(index) for index in prompts] != [index for index in indices for _ in range(rollouts)]:
@@ -166,7 +171,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         chosen = torch.linspace(0, count - 1, min(self._run.monitor_rollouts, count)).round().long()
         part = {name: values[chosen] for name, values in inputs.items() if values is not None}
         with torch.no_grad():
-            present, _ = log_probability(self.model, part)
+            present, _ = log_probability(self._policy, part)
             base, _ = log_probability(self._base, part)
         self._monitor = _Monitor(part["input_ids"], part["attention_mask"], part["mask"], present)
         self._batch_metrics["kl_base"] = mean_kl(present, base, part["mask"])
@@ -221,7 +226,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         assert monitor is not None
         with torch.no_grad():
             inputs = {"input_ids": monitor.input_ids, "attention_mask": monitor.attention_mask, "mask": monitor.mask}
-            present, _ = log_probability(self.model, inputs)
+            present, _ = log_probability(self._policy, inputs)
         moved = mean_kl(monitor.previous, present, monitor.mask)
         monitor.previous = present
         step = self.state.global_step
@@ -236,7 +241,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         self._hooks.metrics(step, record)
         held_out = self._hooks.evaluate(step)
         if reason := self.reference.reset_due(step, held_out):
-            self.reference.reset(self.accelerator.unwrap_model(self.model))
+            self.reference.reset(self._policy)
             forget(self.optimizer)
             self._hooks.reset(step, reason)
         self._clock = time.perf_counter()

@@ -105,7 +105,7 @@ class ChatHarness(Harness[ChatHarnessConfig]):
             except APIConnectionError as error:
                 raise InterceptionError(f"harness {self.config.id!r} lost the interception server: {error}") from error
             except APIStatusError as error:
-                # As under `null`, a full context ends the conversation and leaves what was said to be scored.
+                # As with `null`, a full context ends the conversation; the turns before it are scored.
                 if not is_context_overflow(error):
                     raise
         return ProgramResult(exit_code=0, stdout="", stderr="")

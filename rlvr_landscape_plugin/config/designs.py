@@ -54,7 +54,7 @@ class AxisConfig(StrictConfig):
 
 
 class FindRangeConfig(StrictConfig):
-    """Choose the range for each snapshot, by a few probes at the ends of the axes; see `ranges.find_range`."""
+    """Choose the range for each snapshot, by a few probes at the ends of the axes; see `sweep.range_search`."""
 
     retention: float = Field(default=0.5, gt=0, lt=1)
     """Share of the checkpoint's reward that policies at the ends of the axes keep on average."""
@@ -130,14 +130,14 @@ class SliceConfig(StrictConfig):
     beta: DirectionConfig = DirectionConfig()
     """The direction η of the axis β."""
     orthogonalize: bool = False
-    """Take out of η its part along δ (Gram-Schmidt over all weights that move), after both are scaled."""
+    """Remove from η its part along δ (Gram-Schmidt over all weights that move), after both are scaled."""
     run: Path | None = None
     """Directory of the training run whose snapshots the directions and `displacement_norm` refer to; default: the
     directory that holds the measured snapshot."""
     include: list[str] = Field(default=["*"], min_length=1)
     """Globs of checkpoint tensor names that move."""
     exclude: list[str] = []
-    """Globs of checkpoint tensor names that stand still."""
+    """Globs of checkpoint tensor names that do not move."""
 
     @field_validator("seeds")
     @classmethod

@@ -19,7 +19,7 @@ DESIGN_TABLES = ("grid", "census", "path")
 
 
 class EnvConfig(StrictConfig):
-    """What the policy is asked: any single-agent chat taskset of verifiers."""
+    """The tasks: any chat taskset of verifiers with a single agent."""
 
     id: str = "rlvr-alphabet-sort"
     """Taskset id, as for `vf-eval`; its package must be installed."""
@@ -63,7 +63,8 @@ class SamplingConfig(StrictConfig):
 
 
 class SurrogateConfig(StrictConfig):
-    """The training objective that the landscape reports, by the functions that train; default: GRPO's clipped one."""
+    """The training objective that the landscape reports, computed by the functions that also train; default: GRPO's
+    clipped objective."""
 
     objective: str = "grpo"
     """`grpo`, `dr_grpo`, `dapo`, `gspo`, `grpo_n`, `gspo_n`, `kl_cov`, `clip_cov`: see docs/objectives.md."""
@@ -103,7 +104,8 @@ class SurrogateConfig(StrictConfig):
 
     @property
     def is_usual(self) -> bool:
-        """Whether it is GRPO's clipped objective, averaged over tokens, as every landscape before had it."""
+        """Whether it is GRPO's clipped objective, averaged over tokens, as in every landscape before this option
+        existed."""
         return self.objective == "grpo" and not self.options
 
 
@@ -128,11 +130,11 @@ class ServerConfig(StrictConfig):
     max_num_batched_tokens: int = Field(default=8192, ge=16)
     """Tokens scheduled together. Scoring holds this many × vocabulary × 4 bytes beside the weights."""
     gpu_memory_utilization: float = Field(default=0.7, gt=0, le=1)
-    """vLLM's share of a GPU; the slice's float32 copies (12 bytes per parameter) need room beside it."""
+    """vLLM's share of a GPU; the slice's float32 copies (12 bytes per parameter) need memory beside it."""
     directions_memory: Literal["auto", "float32", "half", "regenerated"] = "auto"
     """How a server started here keeps the directions. `auto`: float32 on the GPU, else on the host, else `regenerated`
-    (drawn again for each move: slow, the same weights), whichever fits. `half`: in 16 bits, other directions by their
-    rounding. Servers in `urls` have the environment variable RLVR_LANDSCAPE_DIRECTIONS_MEMORY instead."""
+    (drawn again for each move: slow, the same weights), whichever fits. `half`: in 16 bits, which rounds the directions
+    and so changes them. Servers in `urls` have the environment variable RLVR_LANDSCAPE_DIRECTIONS_MEMORY instead."""
     kv_cache_gib: float = Field(default=1.0, gt=0)
     """KV cache of a CPU server, GiB."""
     tensor_parallel_size: int = Field(default=1, ge=1)
@@ -146,7 +148,7 @@ class ServerConfig(StrictConfig):
     request_timeout: float = Field(default=600, gt=0)
     """Seconds without a byte from the server until a request counts as failed."""
     patience: float = Field(default=300, ge=0)
-    """Seconds without any of `urls` until a sweep gives up; a server that it launched itself is not waited for."""
+    """Seconds without any of `urls` until a sweep gives up; it does not wait for a server that it started itself."""
     log: Path | None = None
     """Log of the local server; default: server.log in `output`."""
 

@@ -68,7 +68,7 @@ class ObjectiveConfig(StrictConfig):
 
 
 class ReferenceConfig(StrictConfig):
-    """When the policy becomes the KL reference and the optimizer starts anew (`objectives.ReferenceSchedule`)."""
+    """When the policy becomes the KL reference and the optimizer's state is reset (`objectives.ReferenceSchedule`)."""
 
     every: int | None = Field(default=None, ge=1)
     """Optimizer updates since the last reset."""

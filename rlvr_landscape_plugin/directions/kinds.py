@@ -1,8 +1,8 @@
 """The kinds of directions: one small class each, and the table `KINDS` that a configuration's `kind` names.
 
-A direction is asked for one tensor at a time, in float64, and asked again rather than kept: it needs as much memory as
-the largest tensor. What costs a pass over all weights happens in `compute`, which is not called where the direction's
-file exists already.
+A direction gives one tensor at a time, in float64, and computes it again instead of keeping it: it needs as much memory
+as the largest tensor. Work that reads all weights is done in `compute`, which is not called if the direction's file
+already exists.
 
 A new kind is a subclass of `Direction` in `KINDS`, and its name among those of `config.DirectionConfig.kind`.
 """
@@ -35,7 +35,7 @@ from rlvr_landscape_plugin.snapshot import Snapshot, TensorInfo, read_tensor, sa
 
 @dataclass(frozen=True)
 class Request:
-    """What a direction is asked to be."""
+    """What defines a direction before it is computed."""
 
     spec: SliceSpec
     """The slice; its entry for `axis` says the kind, how to scale and whether to orthogonalise."""
@@ -75,7 +75,7 @@ class Direction(ABC):
 
     @abstractmethod
     def compute(self) -> None:
-        """Do what costs a pass over all weights; called once, before the first `scaled`."""
+        """Do the work that reads all weights; called once, before the first `scaled`."""
 
     @abstractmethod
     def scaled(self, name: str) -> np.ndarray:

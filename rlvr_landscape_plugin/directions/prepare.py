@@ -1,8 +1,8 @@
 """A slice made ready for a server: what it draws itself as a specification, everything else as files.
 
 A file is computed once, in float64 and one tensor at a time, and rounded once to float32. It lies in a directory that
-is named after the digest of its definition, so the same direction is found again by the next process and the next
-sweep, and another definition never meets it. Servers check the file by its SHA-256.
+is named after the digest of its definition, so the next process and the next sweep find the same direction again, and
+another definition never uses it. Servers check the file by its SHA-256.
 """
 
 from __future__ import annotations

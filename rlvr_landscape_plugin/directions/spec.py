@@ -7,7 +7,7 @@ and any that is orthogonalised, is computed once by `prepare_slice`, in float64 
 float32 safetensors file that servers read and check by its SHA-256.
 Everything here is NumPy on whole tensors with checkpoint (Hugging Face) names; the server cuts and fuses them.
 
-Touch the draw (`raw_direction`) only with a new `GENERATOR` name: datasets record it.
+Change the draw (`raw_direction`) only together with the name in `GENERATOR`: datasets record it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class DirectionSpec:
     component: int = 1
     """Which principal component (`pca`)."""
     orthogonal: bool = False
-    """Whether its part along the other axis is taken out."""
+    """Whether its part along the other axis is removed."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """What it was computed from: `step <N>` or a file's name → SHA-256."""
     sha256: str = ""
@@ -60,12 +60,12 @@ class SliceSpec:
     """Any non-negative integer; 0 is a seed like any other."""
     normalization: Normalization = "tensor"
     """`tensor`: ‖δ_w‖ = ‖w‖ for each weight tensor (the default of the published experiment). `filter`: the same for
-    each row (output neuron) of a matrix, vectors stand still (Li et al. 2018, arXiv 1712.09913). `global`: one factor
+    each row (output neuron) of a matrix, vectors do not move (Li et al. 2018, arXiv 1712.09913). `global`: one factor
     for all tensors, ‖δ‖ = ‖θ‖."""
     include: tuple[str, ...] = ("*",)
     """Globs on checkpoint tensor names; only matching tensors move."""
     exclude: tuple[str, ...] = ()
-    """Globs on checkpoint tensor names that stand still, stronger than `include`."""
+    """Globs on checkpoint tensor names that do not move, stronger than `include`."""
     alpha: DirectionSpec | None = None
     """δ; None: drawn from `seed` and scaled as `normalization` says."""
     beta: DirectionSpec | None = None
@@ -127,7 +127,7 @@ def scaled_direction(spec: SliceSpec, axis: Axis, name: str, weight: np.ndarray,
     """The random δ (axis alpha) or η (axis beta) for one tensor: float32, the shape of `weight`.
 
     Norms are taken in float64 and applied as one float32 factor. `global_scale` is used by `global` only (see
-    `global_scales`). A tensor of zeros stands still under `tensor` and `filter`: its norm is 0.
+    `global_scales`). A tensor of zeros does not move under `tensor` and `filter`: its norm is 0.
     """
     if not spec.moves(name):
         return np.zeros(weight.shape, dtype=np.float32)

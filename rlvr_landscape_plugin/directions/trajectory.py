@@ -21,7 +21,7 @@ class Trajectory:
     origin: Snapshot
     """The snapshot that a slice lies around."""
     folder: Path
-    """Where the others were looked for."""
+    """Directory in which the other snapshots were searched."""
     paths: Mapping[int, Path]
     """Step → directory; empty if the folder holds no `step_<N>`."""
     known: dict[Path, Snapshot]
@@ -104,7 +104,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Displacement:
-    """How far training has moved a snapshot: the yardstick of a slice's radius."""
+    """How far training has moved a snapshot: the unit of a slice's radius."""
 
     norm: float
     """‖θ_t − θ_0‖ over all tensors, float64; NaN where it is not known."""

@@ -2,7 +2,7 @@
 
 prime-rl adds the losses of all sequences up and divides by the number of loss tokens of the whole batch, over all
 ranks. So an objective fits if its J is Σ over sequences / number of sampled tokens (`Objective.per_sequence_sum`) and
-needs only what the trainer shows; everything else is refused by `build_objective`, with the reason, before the first
+needs only what the trainer passes; everything else is refused by `build_objective`, with the reason, before the first
 batch. Nothing is approximated.
 
 π_old is the sampler: `inference_logprobs` are what vLLM reported for the sampled tokens, of the policy version that
@@ -35,7 +35,7 @@ class ObjectiveTable(StrictConfig):
 
 
 class LossKwargs(StrictConfig):
-    """`[trainer.loss.kwargs]`, all that the plugin is told."""
+    """`[trainer.loss.kwargs]`: all options of the plugin."""
 
     objective: ObjectiveTable = ObjectiveTable()
     """What is maximised."""

@@ -1,15 +1,15 @@
 """The snapshot hook: HF weights of the policy at scheduled steps, however prime-rl broadcasts or shards them.
 
-prime-rl has no extension point for this. What every run does is `WeightBroadcast.broadcast_weights(model, step)`: with
-the incoming policy before the first batch (step 0, or the step it resumes from) and after every update. `install` wraps
-it, and `CheckpointManager.save(step, model, …)`, because a broadcast in memory (NCCL, NIXL) leaves out the last step,
-whose policy nothing samples from. The wrapped call comes first, so inference does not wait for a snapshot.
+prime-rl has no extension point for this. Every run calls `WeightBroadcast.broadcast_weights(model, step)`: with the
+incoming policy before the first batch (step 0, or the step it resumes from) and after every update. `install` wraps it,
+and `CheckpointManager.save(step, model, …)`, because a broadcast in memory (NCCL, NIXL) leaves out the last step, whose
+policy nothing samples from. The wrapped call comes first, so inference does not wait for a snapshot.
 
 At a scheduled step all ranks gather together, each writes the share that prime-rl's own helper leaves it, all exchange
-how that went, and the master makes the files a snapshot. Every rank reaches that exchange, so one that fails (a full
-disk, say) neither hangs the others nor ends training: the failure is logged, a line goes to `failures.jsonl` beside the
-snapshots, no half snapshot stays, and the next scheduled step is tried. A rank that fails *within* the collective
-gathering, out of GPU memory for instance, leaves the others waiting, as in the broadcast itself.
+whether that worked, and the master makes the files a snapshot. Every rank reaches that exchange, so one that fails (a
+full disk, say) neither hangs the others nor ends training: the failure is logged, a line goes to `failures.jsonl`
+beside the snapshots, no half snapshot stays, and the next scheduled step is tried. A rank that fails *within* the
+collective gathering, out of GPU memory for instance, leaves the others waiting, as in the broadcast itself.
 
 Weights are in bfloat16, as inference gets them.
 """
@@ -282,7 +282,7 @@ class SnapshotHook:
         return _public(parts)
 
     def _report(self, step: int, error: Exception) -> None:
-        """Say it loudly; nothing that goes wrong here matters to training."""
+        """Log an error; no failure here affects training."""
         text = str(error) if isinstance(error, LandscapeError) else f"{type(error).__name__}: {error}"
         _logger().error(f"No snapshot of step {step}; training goes on. {text}")
         line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "error": text}
@@ -296,7 +296,7 @@ class SnapshotHook:
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong on one rank."""
+    """The error of one rank."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""`python -m rlvr_landscape_plugin.snapshot ls|verify RUN_DIR`: look at the snapshots of a training run."""
+"""`python -m rlvr_landscape_plugin.snapshot ls|verify RUN_DIR`: list or check the snapshots of a training run."""
 
 from __future__ import annotations
 

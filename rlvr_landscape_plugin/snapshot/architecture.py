@@ -8,7 +8,7 @@ from rlvr_landscape_plugin.snapshot.snapshot import Snapshot, compare_tensors
 def check_architecture(snapshot: Snapshot) -> str | None:
     """Raise `SnapshotError` unless the tensors on disk are those that config.json asks for, by name and shape.
 
-    Returns None, or the reason why it cannot be told: transformers does not know the architecture, or config.json is
+    Returns None, or the reason why it cannot be checked: transformers does not know the architecture, or config.json is
     not one of a model. Imports torch and transformers; takes no memory for weights.
     """
     import torch

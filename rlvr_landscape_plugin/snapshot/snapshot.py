@@ -1,11 +1,11 @@
-"""A saved policy: a Hugging Face directory of safetensors, and what makes it that policy and no other.
+"""A saved policy: a Hugging Face directory of safetensors, and how its identity is checked.
 
     python -m rlvr_landscape_plugin.snapshot ls outputs/laptop
     python -m rlvr_landscape_plugin.snapshot verify outputs/laptop
 
-A directory of any origin will do. A trainer that wants more writes with `write_snapshot`: the directory then has a
-`manifest.json` with the SHA-256 of every file, and from there on a file that is missing, foreign or different is
-refused by name, in two stages so that nothing big is read twice. `open_snapshot` looks at names, sizes and every small
+A directory from any source can be used. A trainer that wants checksums writes with `write_snapshot`: the directory then
+has a `manifest.json` with the SHA-256 of every file, and from there on a file that is missing, foreign or different is
+refused by name, in two stages so that nothing big is read twice. `open_snapshot` checks names, sizes and every small
 file; `Snapshot.sha256`, which a sweep and a server compute anyway, compares the weights.
 
 Reading and writing need neither torch nor transformers: the trainer fills the directory, this module makes it a
@@ -74,8 +74,8 @@ class Manifest:
     def read(cls, file: Path) -> Manifest:
         """The manifest in `file`.
 
-        Keys of other tools are passed over, and so are keys of ours that hold something else than ours. Raises
-        `SnapshotError` naming the file where it cannot be read, has no step, or lists files in another form.
+        Keys of other tools are ignored, and so are keys of ours with values of another type. Raises `SnapshotError`
+        naming the file where it cannot be read, has no step, or lists files in another form.
         """
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ class Snapshot:
     """Optimizer updates behind it; 0 is the base model."""
     tensors: Mapping[str, TensorInfo]
     manifest: Manifest | None = None
-    """What its writer said about it; None for a directory without `manifest.json`."""
+    """The manifest of its writer; None for a directory without `manifest.json`."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -149,7 +149,7 @@ class Snapshot:
     def verify(self) -> None:
         """Read every file and compare it with the manifest; raises `SnapshotError` naming the first that differs.
 
-        `open_snapshot` has compared the small ones already, and what `sha256` covers is read once, whoever asks first.
+        `open_snapshot` has compared the small ones already, and what `sha256` covers is read only once.
         """
         if self.manifest is None or not self.manifest.files:
             raise SnapshotError(
@@ -177,7 +177,7 @@ def _compare(file: Path, found: str, expected: str) -> None:
 
 
 def step_of_name(path: Path) -> int:
-    """The step that a directory's name says, 0 if it says none."""
+    """The step in a directory's name, 0 if there is none."""
     match = _STEP.search(path.name)
     return int(match.group(1)) if match else 0
 
@@ -195,8 +195,8 @@ def _contents(path: Path) -> list[str]:
 def _inside(path: Path, file: Path) -> Path:
     """`file`, which belongs to the snapshot `path`; raises `SnapshotError` if it is a link to somewhere else.
 
-    Otherwise a server would read, for whoever may write into a directory that it serves, what lies elsewhere. The
-    Hugging Face cache keeps the files of `snapshots/<revision>/` as links into `blobs/`, which is allowed.
+    Otherwise anybody who may write into a directory that a server reads could make it read files elsewhere. The Hugging
+    Face cache keeps the files of `snapshots/<revision>/` as links into `blobs/`, which is allowed.
     """
     try:
         real = file.resolve()

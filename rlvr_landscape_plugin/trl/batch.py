@@ -1,7 +1,8 @@
 """Episodes → what TRL's rollout function returns, and what is reported about them. NumPy only.
 
-TRL thinks in a prompt and a completion. An episode of several turns is one sequence: its prompt ends where the policy
-first speaks, everything after is the completion, and `env_mask` is 0 where the environment spoke in between.
+TRL knows a prompt and a completion only. An episode of several turns is one sequence: its prompt ends before the
+policy's first token, everything after it is the completion, and `env_mask` is 0 for the tokens of the environment in
+it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from rlvr_landscape_plugin.files import JsonObject
 
 @dataclass(frozen=True)
 class TrainerBatch:
-    """One batch of groups as TRL's columns, one entry per episode, a task's episodes side by side."""
+    """One batch of groups as TRL's columns, one entry per episode, the episodes of a task next to each other."""
 
     prompt_ids: list[list[int]]
     """Tokens before the policy's first."""
     completion_ids: list[list[int]]
-    """All tokens from there on, the environment's among them."""
+    """All tokens from there on, including those of the environment."""
     env_mask: list[list[int]]
     """1 where the policy sampled the token."""
     logprobs: list[list[float]]
@@ -35,7 +36,7 @@ class TrainerBatch:
 def to_batch(groups: Sequence[Sequence[Rollout]], filler: int) -> TrainerBatch:
     """The batch of `groups[task][rollout]`.
 
-    An episode that failed before the policy spoke still needs its row: one token `filler`, masked out. Raises
+    An episode that failed before the policy's first token still needs its row: one token `filler`, masked out. Raises
     `TasksetError` for an episode that branched into several sequences, which one completion cannot hold.
     """
     rows = [_row(rollout, filler) for group in groups for rollout in group]
@@ -56,7 +57,7 @@ def _row(rollout: Rollout, filler: int) -> tuple[list[int], list[int], list[int]
     start = int(np.argmax(segment.sampled))
     sampled = segment.sampled[start:]
     if rollout.status == ERROR:
-        # What a failed episode's tokens are worth is unknown: they are context for nothing and count nowhere.
+        # The reward of a failed episode is unknown, so its tokens are masked and do not count.
         sampled = np.zeros_like(sampled)
     logprobs = np.zeros(len(sampled), np.float32)
     logprobs[segment.sampled[start:]] = segment.logprobs

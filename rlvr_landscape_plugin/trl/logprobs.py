@@ -28,7 +28,7 @@ def log_probability(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
 
     0 outside the mask. Only sampled tokens pass the output head, and rows pass the model a few at a time, the short
     ones together: on a CPU with a small policy that takes under half the time of TRL's own pass over all completion
-    tokens, made for large vocabularies, and one long episode does not set the memory of all.
+    tokens, which is made for large vocabularies, and one long episode does not determine the memory of all.
     """
     columns = [inputs[name] for name in ("input_ids", "attention_mask", "mask")]
     order = torch.argsort(columns[1].sum(dim=1))
@@ -49,7 +49,7 @@ def _score(
         input_ids=ids[:, first:last], attention_mask=attention[:, first:last], use_cache=False
     ).last_hidden_state
     seen = mask[:, : last - prompt]
-    # What stands before a token predicts it.
+    # The position before a token predicts it.
     before = hidden[:, prompt - first - 1 : -1][seen]
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output head"

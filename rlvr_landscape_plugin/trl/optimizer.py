@@ -1,7 +1,7 @@
 """Muon for the matrices of the layers and AdamW for everything else, behind the interface of one optimizer.
 
-Trainers know one optimizer. This one holds two of torch's and shares their parameter groups, so that schedulers and
-gradient clipping reach both; its state is the pair of theirs.
+Trainers expect one optimizer. This one holds two optimizers of torch and shares their parameter groups, so that
+schedulers and gradient clipping apply to both; its state is the pair of their states.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Pair(torch.optim.Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share()

@@ -1,4 +1,4 @@
-"""The policy that the KL term of an objective holds training near, and its resets."""
+"""The policy from which the KL term of an objective is measured, and its resets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FOLDER = "reference"
-"""Directory within a training state that holds the KL reference, where that one is ever reset."""
+"""Directory within a training state that holds the KL reference, if it can be reset at all."""
 
 
 class KLReference:

@@ -44,7 +44,7 @@ class Lines:
         self.path = path
 
     def read(self) -> list[JsonObject]:
-        """Every whole line; a line that a kill cut short is passed over."""
+        """Every complete line; a line that a kill cut short is ignored."""
         if not self.path.is_file():
             return []
         lines = []
@@ -65,7 +65,7 @@ class Lines:
             os.fsync(sink.fileno())
 
     def keep_until(self, step: int) -> None:
-        """Drop the lines of later steps, and what is left of a line cut short."""
+        """Drop the lines of later steps, and the rest of a line that was cut short."""
         if not self.path.is_file():
             return
         text = "".join(json.dumps(line) + "\n" for line in self.read() if line["step"] <= step)
@@ -118,7 +118,7 @@ class RunDirectory:
         return known
 
     def _check_empty(self) -> None:
-        """Raise `StoreError` if the directory is none, or holds what is not of a run that was only begun."""
+        """Raise `StoreError` if it is no directory, or holds files of anything but a run that has just begun."""
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"{self.root} is a file; output must be a directory")
         try:
@@ -175,7 +175,8 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Hold the run's directory; raises `StoreError` where another process trains in it. A killed one holds nothing."""
+    """Lock the run's directory; raises `StoreError` where another process trains in it. The lock of a killed process is
+    free."""
     with contextlib.ExitStack() as stack:
         with writing(root / ".lock", STATES_ARE_SAFE):
             handle = stack.enter_context((root / ".lock").open("w"))

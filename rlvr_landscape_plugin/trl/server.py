@@ -1,9 +1,9 @@
 """The sampler of a training run: a vLLM server that always holds the policy of the present step.
 
-TRL's loop is synchronous, episodes are not: an event loop in a thread of its own owns the server and the client, and
-the methods here wait for it. New weights travel as a small snapshot directory below the server's roots, which the
-landscape engine loads and moves to the origin: the path that sweeps use, with its checks (tensors, checksum, weight
-version on every sampling call), and no second one.
+TRL's loop is synchronous and episodes are asynchronous: an event loop in a thread of its own owns the server and the
+client, and the methods here wait for it. New weights travel as a small snapshot directory below the server's roots,
+which the landscape engine loads and moves to the origin. This is the path that sweeps use, with the same checks
+(tensors, checksum, weight version on every sampling call).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _NOTHING_MOVES = SliceSpec(seed=0, exclude=("*",))
 
 
 class Practice:
-    """Some tasks of a taskset, to be played by the server's policy. Raises `TasksetError` with the option at fault."""
+    """Some tasks of a taskset, to be played by the server's policy. Raises `TasksetError` with the option that caused
+    it."""
 
     def __init__(self, env_id: str, taskset: Mapping[str, object], tasks: slice, option: str) -> None:
         """`tasks`: which of the taskset's stream; `option`: where their number comes from, for messages."""

@@ -35,7 +35,7 @@ def complete(state: Path) -> None:
 def keep_last(folder: Path, count: int = 2) -> None:
     """Remove all whole states but the last `count`."""
     for _, old in complete_states(folder)[:-count]:
-        # The marker goes first: a removal that is cut short must not leave half a state that looks whole.
+        # The marker is removed first: a removal that is cut short must not leave half a state that looks complete.
         (old / COMPLETE).unlink()
         shutil.rmtree(old)
 

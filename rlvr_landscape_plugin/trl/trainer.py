@@ -130,7 +130,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
     # Rollouts
 
     def save_policy(self, folder: Path) -> None:
-        """The present weights with their config, as a snapshot directory that a server can read."""
+        """Write the present weights with their config as a snapshot directory that a server can read."""
         self._policy.save_pretrained(folder)
 
     def _roll(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
@@ -200,7 +200,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         value = self._objective(**feeds)
         mask = joined["mask"]
         if "generator" in feeds:
-            # The same draws a second time, so that the tokens counted are those that were clipped.
+            # The same random draws a second time, so that the tokens counted are those that were clipped.
             feeds["generator"] = self._generator()
         with torch.no_grad():
             bound = self._objective.token_terms(**{name: _detached(feed) for name, feed in feeds.items()}).bound

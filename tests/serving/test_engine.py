@@ -40,7 +40,8 @@ from rlvr_landscape_plugin.serving.worker.engine import (
     checksums,
     register,
 )
-from rlvr_landscape_plugin.serving.worker.kernel_layout import Layout, Part, unpacked
+from rlvr_landscape_plugin.serving.worker.kernel_layout import Layout, Part
+from rlvr_landscape_plugin.serving.worker.packed import unpacked
 from rlvr_landscape_plugin.snapshot import file_sha256, write_safetensors
 
 pytestmark = pytest.mark.server

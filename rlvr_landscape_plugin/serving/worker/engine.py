@@ -24,9 +24,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,8 @@ import torch
 
 from rlvr_landscape_plugin.directions import (
     AXES,
-    Axis,
     SliceSpec,
     fingerprint,
-    global_scales,
-    open_direction,
-    scaled_direction,
 )
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
@@ -48,12 +42,10 @@ from rlvr_landscape_plugin.serving.worker.kernel_layout import (
     Layout,
     UnsupportedLayoutError,
     build_layout,
-    in_threads,
-    keep_plain,
-    packable,
-    unpacked,
 )
-from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot, read_tensor
+from rlvr_landscape_plugin.serving.worker.packed import keep_plain, packable, repack_shared, unpacked
+from rlvr_landscape_plugin.serving.worker.slice_tensors import MoveStats, Slice, load_tensors
+from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
 
 try:
     from vllm.distributed.weight_transfer.base import (
@@ -68,8 +60,6 @@ except ImportError:
 logger = logging.getLogger("vllm.rlvr_landscape")
 
 BACKEND = "landscape"
-_CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26
-"""Elements that a move through the loader handles at once: what fits a CPU's cache, what keeps a GPU busy."""
 
 
 def register() -> None:
@@ -113,29 +103,6 @@ class MoveRequest(WeightTransferUpdateInfo):
     report: str
 
 
-@dataclass
-class MoveStats:
-    """Sums of one move over all tensors, float64."""
-
-    changed: float = 0.0
-    """Σ (rounded(α, β) − rounded(0, 0))² after rounding to the server's dtype."""
-    theta: float = 0.0
-    """Σ θ²."""
-
-    @property
-    def realised_step(self) -> float:
-        """‖θ(α,β) − θ‖ / ‖θ‖ as the server really holds it, dimensionless."""
-        return math.sqrt(self.changed / self.theta) if self.theta else 0.0
-
-
-def _repack_shared(model: torch.nn.Module) -> None:
-    """Let vLLM pack again what a reload leaves out on a CPU: a tied output head's own copy of the embedding."""
-    for module in model.modules():
-        weight, method = getattr(module, "weight", None), getattr(module, "quant_method", None)
-        if hasattr(module, "cpu_linear") and weight is not None and weight.numel() and method is not None:
-            method.process_weights_after_loading(module)
-
-
 @torch.no_grad()
 def checksums(model: Any) -> dict[str, str]:
     """SHA-256 of every parameter as the kernels hold it.
@@ -156,132 +123,6 @@ def checksums(model: Any) -> dict[str, str]:
 def _digest(values: torch.Tensor) -> str:
     raw = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(raw).hexdigest()
-
-
-def _load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """Every tensor as stored, mapped from its file; refuses NaN and infinity, naming file and tensor."""
-    from safetensors import safe_open
-
-    tensors: dict[str, torch.Tensor] = {}
-    for file in snapshot.files:
-        with safe_open(str(file), framework="pt", device="cpu") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                tensor = handle.get_tensor(name)
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{file}: tensor {name!r} holds NaN or infinity; this snapshot cannot be measured")
-                tensors[name] = tensor
-    return tensors
-
-
-@dataclass
-class Slice:
-    """A snapshot with its two directions, as tensors under checkpoint names. Knows nothing of vLLM."""
-
-    spec: SliceSpec
-    theta: dict[str, torch.Tensor]
-    """Pristine weights in the stored dtype."""
-    draw: Callable[[Axis, str], torch.Tensor]
-    """The part of a direction in a tensor that moves, on the CPU: the same at each call, also in threads."""
-    held: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
-    """(δ, η) of each tensor that moves, beside `theta`; None: drawn whenever they are needed."""
-
-    @classmethod
-    def build(
-        cls,
-        theta: dict[str, torch.Tensor],
-        spec: SliceSpec,
-        files: Mapping[str, str] | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Slice:
-        """Directions that are drawn from the seed, or read from `files`, when needed; rounded to `dtype`.
-
-        `theta`: CPU tensors. Raises `SnapshotError` for a file that is not the one `spec` names, `ValueError` if one is
-        missing.
-        """
-
-        def weight(name: str) -> Any:
-            return theta[name].to(torch.float32).numpy()
-
-        shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
-        read = {}
-        for axis in AXES:
-            if not spec.drawn(axis):
-                if axis not in (files or {}):
-                    raise ValueError(f"slice.{axis} is not drawn from the seed, and no file came with it")
-                read[axis] = open_direction(spec, axis, Path((files or {})[axis]), shapes)
-                for name in read[axis]:
-                    read_tensor(read[axis], name)  # NaN is refused here, not in the middle of a move
-        scales = global_scales(spec, theta, weight)
-
-        def draw(axis: Axis, name: str) -> torch.Tensor:
-            if axis in read:
-                values = read_tensor(read[axis], name)
-            else:
-                values = scaled_direction(spec, axis, name, weight(name), scales[axis])
-            return torch.from_numpy(values).to(dtype)
-
-        return cls(spec, theta, draw)
-
-    @property
-    def moving(self) -> list[str]:
-        """Names of the tensors that take part."""
-        return [name for name in self.theta if self.spec.moves(name)]
-
-    def hold(self, device: torch.device) -> Slice:
-        """The same slice with θ, δ and η resident on `device`."""
-        pairs = zip(self.moving, self._pairs(self.moving), strict=True)
-        held = {name: (delta.to(device), eta.to(device)) for name, (delta, eta) in pairs}
-        return Slice(self.spec, {name: tensor.to(device) for name, tensor in self.theta.items()}, self.draw, held)
-
-    def along(self, axis: Axis) -> Iterator[torch.Tensor | None]:
-        """The direction of an axis, drawn tensor by tensor in the order of `theta`; None where it does not move."""
-        return in_threads(lambda name: self.draw(axis, name) if self.spec.moves(name) else None, self.theta)
-
-    def _pairs(self, names: Iterable[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if (held := self.held) is not None:
-            return (held[name] for name in names)
-        wanted: Iterator[tuple[Axis, str]] = ((axis, name) for name in names for axis in AXES)
-        parts = in_threads(lambda part: self.draw(*part), wanted)
-        return zip(parts, parts, strict=True)
-
-    @cached_property
-    def theta_squared(self) -> float:
-        """Σ θ² over all tensors, float64."""
-        return sum(float(torch.sum(t.to(torch.float32).square(), dtype=torch.float64)) for t in self.theta.values())
-
-    def at(self, alpha: float, beta: float, dtype: torch.dtype, stats: MoveStats) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, θ + α δ + β η) in `dtype`, one tensor at a time, adding to `stats` on the way."""
-        moving = [] if alpha == 0 and beta == 0 else self.moving
-        stats.theta = self.theta_squared
-        directions = self._pairs(moving)
-        for name, theta in self.theta.items():
-            if not (moving and self.spec.moves(name)):
-                yield name, theta.to(dtype)
-                continue
-            moved = torch.empty_like(theta, dtype=dtype)
-            stats.changed += _move(theta, *next(directions), alpha, beta, moved)
-            yield name, moved
-
-
-def _move(
-    theta: torch.Tensor, delta: torch.Tensor, eta: torch.Tensor, alpha: float, beta: float, out: torch.Tensor
-) -> float:
-    """Write θ + α δ + β η, computed in float32 and cast once, into `out`; returns Σ (out − cast(θ))², float64.
-
-    Block by block, so that a CPU reads each operand from memory once.
-    """
-    changed = 0.0
-    size = _CPU_BLOCK if theta.device.type == "cpu" else _GPU_BLOCK
-    flat = [tensor.reshape(-1) for tensor in (theta, delta, eta)]
-    target = out.view(-1)
-    for start in range(0, target.numel(), size):
-        origin, first, second = (tensor[start : start + size] for tensor in flat)
-        moved = torch.add(origin.to(torch.float32), first.to(torch.float32), alpha=alpha)
-        block = moved.add_(second.to(torch.float32), alpha=beta).to(out.dtype)
-        target[start : start + size] = block
-        step = block.to(torch.float32) - origin.to(out.dtype).to(torch.float32)
-        changed += float(torch.dot(step, step))
-    return changed
 
 
 @dataclass
@@ -342,7 +183,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
             spec = SliceSpec(**init_info.slice)
             dtype = memory.HALF if wish == "half" else torch.float32
-            slice_ = Slice.build(_load_tensors(snapshot), spec, files, dtype)
+            slice_ = Slice.build(load_tensors(snapshot), spec, files, dtype)
             moving = sum(slice_.theta[name].numel() for name in slice_.moving)
             theta_squared = slice_.theta_squared
         except (ValueError, OSError, TypeError) as error:
@@ -571,7 +412,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             if self._plain:
                 self._keep_plain()
             elif self.device.type == "cpu":
-                _repack_shared(self.model)
+                repack_shared(self.model)
         # Every rank reads the whole checkpoint.
         return stats.changed / self._ranks
 

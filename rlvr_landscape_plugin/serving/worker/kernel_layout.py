@@ -8,13 +8,12 @@ move on both paths.
 On a CPU vLLM keeps linear weights in opaque packed buffers, which nothing can write in place. Packing float32 only
 permutes and pads, so θ, δ and η are packed too, by the same library (oneDNN, through torch), and a move writes the
 packed buffer that the layer then multiplies with. Where that cannot be done (packed bfloat16 has another order than
-float32), layers keep their weights as they are (`keep_plain`).
+float32), layers keep their weights as they are (`packed.keep_plain`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import math
 import mmap
@@ -27,6 +26,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from rlvr_landscape_plugin.serving.worker.packed import memory_of, pack, packable, packed_linear
+
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 """Elements that a move handles at once: what stays in a core's cache, what keeps a GPU busy."""
 _CHUNK = 2**20
@@ -34,8 +35,6 @@ _CHUNK = 2**20
 _MOST_THREADS = 16
 _MOST_RUNS = 4096
 """Above this number of pieces of checkpoint tensors in one parameter, copies on other ranks are not distinguished."""
-_PACKED_FOR = 64
-"""Rows of input that packed weights are laid out for; any number of rows may come."""
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 _Given = TypeVar("_Given")
@@ -69,8 +68,8 @@ class Part:
         """What a move writes, flat, and what the kernel will read; looked up each time, because a reload replaces
         it."""
         if self.packed is not None:
-            self.module.cpu_linear = _packed_linear(self.packed)
-            return _memory(self.packed)
+            self.module.cpu_linear = packed_linear(self.packed)
+            return memory_of(self.packed)
         live = getattr(self.module, self.attribute).detach()
         if live.numel() != self.theta.numel() or not live.is_contiguous():
             raise RuntimeError(f"{self.attribute} of a {type(self.module).__name__} no longer has the layout it had")
@@ -221,11 +220,11 @@ def build_layout(
     modules = dict(model.named_modules())
     chosen, owners = _owners(model, dtype, shapes, home, ranks)
     packed = {
-        key: torch.ops.mkldnn._reorder_linear_weight(torch.empty(shape, dtype=torch.float32), _PACKED_FOR)
+        key: pack(torch.empty(shape, dtype=torch.float32))
         for key, shape in chosen.items()
         if not getattr(modules[key[0]], key[1]).numel()
     }
-    lengths = [_memory(packed[key]).numel() if key in packed else math.prod(shape) for key, shape in chosen.items()]
+    lengths = [memory_of(packed[key]).numel() if key in packed else math.prod(shape) for key, shape in chosen.items()]
     given: list[float] = []
     """Σ of squares of θ, δ and η under checkpoint names."""
 
@@ -247,8 +246,8 @@ def build_layout(
         for key, place in result.items():
             values = captured.pop(key)
             if key in packed:
-                values = torch.ops.mkldnn._reorder_linear_weight(values, _PACKED_FOR)
-            place.copy_(_memory(values) if key in packed else values.view(-1))
+                values = pack(values)
+            place.copy_(memory_of(values) if key in packed else values.view(-1))
         return result
 
     # Packed in float32; a checkpoint of 16-bit floats stays so where parameters are written as they are.
@@ -277,29 +276,6 @@ def _empty(length: int, dtype: torch.dtype) -> torch.Tensor:
     with contextlib.suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=length)
-
-
-def packable(dtype: torch.dtype, ranks: int) -> bool:
-    """Whether linear weights of a CPU server can be moved in packed form."""
-    return dtype == torch.float32 and ranks == 1 and torch.backends.mkldnn.is_available()
-
-
-def _memory(packed: torch.Tensor) -> torch.Tensor:
-    """The buffer of a oneDNN tensor, flat, float32; valid as long as `packed` lives."""
-    size = torch.ops.mkldnn._nbytes(packed)
-    buffer = (ctypes.c_char * size).from_address(torch.ops.mkldnn.data_ptr(packed))
-    return torch.frombuffer(buffer, dtype=torch.float32)
-
-
-def _packed_linear(packed: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
-    return lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` by oneDNN; torch itself takes MKL for float32, which is half as fast on some CPUs."""
-    if torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _owners(
@@ -396,30 +372,3 @@ def _capture(model: Any, weights: Weights, home: torch.device, dtype: torch.dtyp
             module._buffers.update(buffers)
             module._non_persistent_buffers_set = non_persistent
     return {key: tensor.detach().as_subclass(torch.Tensor) for key, tensor in captured.items()}
-
-
-@torch.no_grad()
-def keep_plain(model: Any, dtype: torch.dtype, ranks: int) -> None:
-    """Let a CPU model multiply with its parameters as they are, and give back those that vLLM took away when packing.
-
-    Layers that can be moved in packed form are left alone. Uses vLLM's own switch against packing
-    (`_cpu_skip_gemm_dispatch`), which later reloads respect. Changes no weight; safe to call again.
-    """
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not hasattr(module, "cpu_linear") or weight is None:
-            continue
-        if not weight.numel():
-            if packable(dtype, ranks):
-                continue
-            module.weight = torch.nn.Parameter(unpacked(module, weight), requires_grad=False)
-            module._cpu_skip_gemm_dispatch = True
-        if getattr(module, "bias", None) is not None:
-            module.bias.data = module.bias.data.to(dtype)
-        module.cpu_linear = _plain_linear
-
-
-def unpacked(module: Any, parameter: torch.Tensor) -> torch.Tensor:
-    """The weight, (out, in), of a layer packed for a CPU: the kernel's product with the identity, exact."""
-    identity = torch.eye(module.input_size_per_partition, dtype=parameter.dtype)
-    return module.cpu_linear(identity, parameter, None).t().contiguous()

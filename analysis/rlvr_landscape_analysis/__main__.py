@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw RUN_DIR's datasets into RUN_DIR/figures and write the report; returns the exit code.
 
-    Prints the figures' paths, the verdicts and where the report is. What a user can get wrong is one line on standard
-    error and exit code 2.
+    Prints the figures' paths, the verdicts and where the report is. A user's mistake is one line on standard error and
+    exit code 2.
     """
     arguments = parser().parse_args(argv)
 

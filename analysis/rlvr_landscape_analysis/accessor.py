@@ -1,4 +1,5 @@
-"""`ds.landscape`: the functions of this package as methods. A thin forward; it caches nothing and checks on use."""
+"""`ds.landscape`: the functions of this package as methods. It only forwards calls; it caches nothing and checks a
+dataset when it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Datasets of landscapes on disk: open one, list or open those of a run, and check that they are what they say.
+"""Datasets of landscapes on disk: open one, list or open those of a run, and check them.
 
 Two forms of one landscape are accepted everywhere: the dataset as the sweep wrote it, dims (alpha, beta, prompt,
 rollout), and its reduction by `landscape.per_prompt`, dims (alpha, beta, prompt), which is sixteen times smaller and
@@ -61,7 +61,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise AnalysisError(f"{path} does not exist") from error
-    except Exception as error:  # HDF5, netCDF and xarray stumble over damage in many ways
+    except Exception as error:  # HDF5, netCDF and xarray raise many kinds of errors for a damaged file
         raise AnalysisError(
             f"{path} cannot be read as netCDF ({type(error).__name__}: {error}): it is damaged or no netCDF; "
             "copy it again, or move it away and run the sweep's command again, which rebuilds it from its points"
@@ -85,7 +85,7 @@ def open_landscape(path: str | Path) -> xr.Dataset:
 
 
 def check_values(data: xr.Dataset, where: str = "the dataset") -> None:
-    """Raise `AnalysisError` where values contradict what a sweep can have written: the sign of a damaged file.
+    """Raise `AnalysisError` where a sweep cannot have written the values, which means that the file is damaged.
 
     Reads `reward` and `status` (of the points and of the base batch): flags are those of the schema, and a reward is
     missing only where the rollout failed.

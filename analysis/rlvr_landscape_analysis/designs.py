@@ -1,7 +1,7 @@
 """Reading datasets of the designs `census`, `path` and `boundary`, and reducing their rollouts to values per prompt.
 
-A *census* holds random directions, each walked both ways at several radii; a *path* policies along directions with a
-meaning; a *boundary* the checkpoint itself with many rollouts. docs/dataset.md has their dimensions.
+A *census* holds random directions, each in both senses at several radii. A *path* holds policies along directions with
+a meaning. A *boundary* holds the checkpoint itself with many rollouts. docs/dataset.md has their dimensions.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def census_points(
 
     A direction with more than half of its values missing at some point is left out, then a prompt that is missing at
     any remaining point. Directions are the same where the datasets' `directions_fingerprint` agrees (fresh ones: at the
-    same step); datasets without it are told apart by `run`. Raises `AnalysisError` where
-    nothing is left or the datasets do not belong together.
+    same step); datasets without it are distinguished by `run`. Raises `AnalysisError` where nothing is left or the
+    datasets do not belong together.
     """
     datasets = list(censuses)
     labels = list(names) or [f"census of step {int(data['step'])}" for data in datasets]

@@ -1,4 +1,4 @@
-"""What a user of the analysis can get wrong, as one class."""
+"""The error of the analysis that a user can cause or repair."""
 
 from __future__ import annotations
 

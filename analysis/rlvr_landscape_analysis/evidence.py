@@ -1,7 +1,8 @@
-"""The censuses, paths and boundaries of training runs: what the claims rest on, read and analysed together.
+"""The censuses, paths and boundaries of training runs: the data that the claims need, read and analysed together.
 
-A run's snapshots share their prompts, so the arrays of all of them are cut to what all have before anything is
-compared. Several runs of one objective stand side by side; a run whose rewards are not the verifier's is a control.
+A run's snapshots share their prompts, so all arrays are reduced to the prompts that all snapshots have before anything
+is compared. Several runs of one objective are analysed together; a run whose rewards are not the verifier's is a
+control.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class RunEvidence:
 
     @property
     def reward_mode(self) -> str:
-        """`verifier`, or what else paid the run. Raises `AnalysisError` where its datasets disagree."""
+        """`verifier`, or the name of the control that gave the run's rewards. Raises `AnalysisError` where its datasets
+        disagree."""
         modes = {
             paid_by(data.attrs) for group in (self.censuses, self.paths, self.boundaries) for data in group.values()
         }
@@ -46,7 +48,7 @@ class RunEvidence:
 
     @property
     def control(self) -> bool:
-        """Whether its rewards say nothing of the task."""
+        """Whether its rewards carry no information about the task."""
         return self.reward_mode != VERIFIER
 
     @cached_property

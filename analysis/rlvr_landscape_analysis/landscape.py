@@ -81,7 +81,7 @@ def point_mean(values: xr.DataArray) -> xr.Dataset:
 
     Dims (…, prompt[, rollout]) → variables `mean` and `standard_error` with dims (…). Missing rollouts are left out.
     The standard error is that of the mean of the prompts' means (Miller 2024, arXiv 2411.00640, clustered by prompt)
-    and missing with one prompt. Units are kept; long names are set anew.
+    and missing with one prompt. Units are kept; long names are set again.
     """
     cells = _per_prompt_array(values)
     mean, error = cells.mean("prompt", skipna=True), standard_error(cells)

@@ -1,4 +1,4 @@
-"""What an analysis of a run consists of: the contract between statistics, figures, tables and report.
+"""What an analysis of a run consists of: the values that statistics pass to figures, tables and report.
 
 `analyse_run` (run.py) fills it; figures and report only read it. Missing is NaN in numbers and always comes with a
 reason in words (`reason` variables, `RunAnalysis.notes`).
@@ -65,7 +65,7 @@ EARLY = 10
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim under test, as a sentence with its numbers and a verdict (SPEC §1)."""
+    """A claim under test, as a sentence with its numbers and a verdict."""
 
     name: str
     """`T1`, `T2` or `T3`."""

@@ -1,4 +1,4 @@
-"""Analyse a whole run: every dataset is read once, reduced and let go, so memory does not grow with the run."""
+"""Analyse a whole run: every dataset is read once, reduced and closed, so memory does not grow with the run."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _grids(files: list[RunFile], designs: list[xr.Dataset], notes: list[str]) ->
 
 
 def _record(file: RunFile, design: xr.Dataset) -> dict[str, Any] | None:
-    """What a progressive sweep says of itself; None where the dataset is of no such sweep."""
+    """The record of a progressive sweep; None where the dataset is not from such a sweep."""
     if PROGRESSIVE not in design.attrs:
         return None
     try:
@@ -180,7 +180,7 @@ def _shape(grid: Grid) -> str:
 
 
 class _Part:
-    """What stays of one dataset."""
+    """What is kept of one dataset."""
 
     file: RunFile
     prompts: int

@@ -1,7 +1,8 @@
-"""Names of everything that a sweep or a training run leaves on disk: the one home of each, for writers and readers.
+"""Names of everything that a sweep or a training run leaves on disk: each is defined here only, for writers and
+readers.
 
-Dimensions, variables with their units, status flags and file names. The plugin writes by this page and the analysis
-reads by it. Touch a name here only with a change in CHANGELOG.md: users' scripts hold these names.
+Dimensions, variables with their units, status flags and file names. The plugin writes with these names and the analysis
+reads with them. Change a name here only together with a line in CHANGELOG.md: users' scripts contain these names.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PROMPT, ROLLOUT, BASE_ROLLOUT = "prompt", "rollout", "base_rollout"
 GRID = ("alpha", "beta")
 """Dimensions of a point in the design `grid`; other designs name their own."""
 PER_TASK = (PROMPT, ROLLOUT)
-"""Dimensions of what is known of each rollout."""
+"""Dimensions of a value per rollout."""
 
 OK, TRUNCATED, ERROR = 0, 1, 2
 """Values of `status`: a whole rollout, one cut by a length limit, one that failed. Only the last may lack a reward."""
@@ -29,7 +30,7 @@ SOLVED = 0.99
 """Reward from which a rollout counts as solved, unless the caller says otherwise."""
 
 Family = Literal["rollout", "completion", "point", "base"]
-"""What a variable is known of: a fresh rollout at a point, a checkpoint completion at a point, a point, a checkpoint
+"""What a variable describes: a fresh rollout at a point, a checkpoint completion at a point, a point, a checkpoint
 completion."""
 
 
@@ -205,7 +206,7 @@ DIRECTION_ATTRIBUTE = "direction_{axis}"
 REWARD_MODE = "reward_mode"
 """Option of a taskset's table `task`, and attribute of datasets whose rewards are a control."""
 VERIFIER = "verifier"
-"""The reward mode of a taskset that pays what its verifier says, and of one that has no such option."""
+"""The reward mode of a taskset whose reward is that of its verifier, and of one that has no such option."""
 
 LANDSCAPE_FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
 """Dataset of one snapshot and slice of the design `grid`: step and seed of the slice."""
@@ -216,12 +217,12 @@ GRID_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+)?\.nc")
 
 
 def reward_mode(taskset: Mapping[str, Any]) -> str:
-    """What pays an episode of a taskset with these options (`env.taskset` of a configuration)."""
+    """The reward mode of a taskset with these options (`env.taskset` of a configuration)."""
     return str(taskset.get("task", {}).get(REWARD_MODE, VERIFIER))
 
 
 def paid_by(attributes: Mapping[Any, Any]) -> str:
-    """What paid the rewards of a dataset with these attributes."""
+    """The reward mode of a dataset with these attributes."""
     return str(attributes.get(REWARD_MODE, VERIFIER))
 
 

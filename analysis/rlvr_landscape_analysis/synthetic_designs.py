@@ -1,7 +1,7 @@
 """Synthetic censuses, paths and boundaries whose truth is known exactly, in the schema of real datasets.
 
-They stand beside `synthetic.py`, which makes landscapes on a grid. For tests, benchmarks and examples; every dataset
-made here says so in its attributes.
+`synthetic.py` makes landscapes on a grid. For tests, benchmarks and examples; every dataset made here says so in its
+attributes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class CensusTruth:
     odd: float = 0.7
     """Share of the variance of z, apart from g, that changes its sign with the direction."""
     common: bool = False
-    """Give each direction one z for all radii (a ray that is good is good everywhere); else each radius has its own."""
+    """Give each direction one z for all radii (a ray that is good is good everywhere); otherwise each radius has its
+    own."""
 
 
 def census(

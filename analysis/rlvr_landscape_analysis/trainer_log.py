@@ -1,8 +1,9 @@
-"""What a training run wrote about itself: `metrics.jsonl` and `evaluations.jsonl`, read only, as one labelled dataset.
+"""The journals of a training run: `metrics.jsonl` and `evaluations.jsonl`, read only, as one labelled dataset.
 
     python -m rlvr_landscape_analysis.trainer_log RUN_DIR [RUN_DIR ...] --out DIR
 
-draws the runs into DIR/training_runs.{pdf,png} and tabulates their held-out looks in DIR/training_runs.{csv,md}.
+draws the runs into DIR/training_runs.{pdf,png} and writes a table of their held-out evaluations to
+DIR/training_runs.{csv,md}.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ def open_training(path: str | Path, level: float = 0.95) -> xr.Dataset:
     """The journals of a training run.
 
     Dims: `step` (optimizer updates done; every number of `metrics.jsonl` as a float64 variable), `look` (step of a
-    held-out evaluation), `task`, `bound` (low, high). Variables of the looks: `task_reward` (look, task), mean reward
-    per held-out task; `held_out` its mean; `gain` over the first look, paired by task, with `gain_interval`, Student's
-    t at `level`; `held_out_entropy`, nat per token; `pass_<k>`. Attributes: `run`, `objective`, `reward_mode` of the
-    tasks trained on (see `schema.reward_mode`), `level`, `tasks`.
+    held-out evaluation), `task`, `bound` (low, high). Variables of the evaluations: `task_reward` (look, task), mean
+    reward per held-out task; `held_out` its mean; `gain` over the first evaluation, paired by task, with
+    `gain_interval`, Student's t at `level`; `held_out_entropy`, nat per token; `pass_<k>`. Attributes: `run`,
+    `objective`, `reward_mode` of the tasks trained on (see `schema.reward_mode`), `level`, `tasks`.
 
     Raises `AnalysisError` where a file is missing, damaged, or lacks step 0.
     """
@@ -123,7 +124,7 @@ HEADER = ("run", "step", "held-out reward", "gain", "gain low", "gain high", "en
 
 
 def table(runs: Mapping[str, xr.Dataset]) -> list[tuple[str, ...]]:
-    """One row per held-out look of every run, below `HEADER`; numbers as text with four decimals."""
+    """One row per held-out evaluation of every run, below `HEADER`; numbers as text with four decimals."""
     rows = []
     for label, run in runs.items():
         for i, step in enumerate(run["look"].values):

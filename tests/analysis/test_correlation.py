@@ -100,7 +100,7 @@ def test_corrected_values_use_pairs_of_different_prompts_only(table, residuals, 
 
 
 def test_the_correction_is_the_published_one_from_two_way_residuals(data, table):
-    """FORMULAS §L.2: r = (s_xy − s_exey) / √((s_x² − s_ex²)(s_y² − s_ey²)) with interaction residuals."""
+    """r = (s_xy − s_exey) / √((s_x² − s_ex²)(s_y² − s_ey²)) with interaction residuals."""
     m = matrices(data)
     n, g = m["kl"].shape[1], m["kl"].shape[0]
 
@@ -206,7 +206,7 @@ def test_a_real_effect_of_kl_survives_the_control():
 
 
 def test_heavy_noise_attenuates_the_plain_value_and_not_the_corrected_one():
-    """FORMULAS §J.3: noise alone can pull a strong correlation towards zero."""
+    """Noise alone can pull a strong correlation towards zero."""
     plain, corrected = [], []
     truth = synthetic.truth("radial", *(np.linspace(-0.05, 0.05, 9),) * 2)
     true = stats.pearsonr(truth.kl.values.ravel(), truth.reward.values.ravel()).statistic

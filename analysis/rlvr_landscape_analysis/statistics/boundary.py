@@ -164,7 +164,7 @@ def boundary_change(
     - `gained`, `lost` (prompt, bool): success rates that differ by Fisher's exact test, false discovery rate `fdr`;
     - `entered`, `left`: prompts solved by the later checkpoint and never by the earlier one, and the reverse
       (arXiv 2507.14843: empirical support gained and lost), with `entered_by_chance`, `left_by_chance`, the numbers
-      that equal success rates would give, all successes of a prompt dealt to both checkpoints at random.
+      that equal success rates would give, all successes of a prompt divided between both checkpoints at random.
 
     Raises `AnalysisError` when the two were measured on different prompts or with different thresholds.
     """

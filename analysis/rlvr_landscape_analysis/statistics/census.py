@@ -1,8 +1,8 @@
-"""What a census says of the neighbourhood of a checkpoint, radius by radius.
+"""What a census shows about the neighbourhood of a checkpoint, radius by radius.
 
 Directions are the unit of sampling (an antithetic pair is one), prompts the other; every interval is about other
-directions *and* other prompts (`two_way.py`). At one radius all policies are equally far from the checkpoint, so
-nothing needs to be taken out for the distance. docs/statistics.md has the formulas.
+directions *and* other prompts (`two_way.py`). At one radius all policies are equally far from the checkpoint, so no
+correction for the distance is needed. docs/statistics.md has the formulas.
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ def _best(mu: TwoWay, variance: TwoWay, count: int, confidence: float) -> dict[s
     factor = expected_largest(count)
     square = float(variance.value)
     spread = float(np.sqrt(max(square, 0.0)))
-    # The error of the spread is skewed, so in the logarithm where there is one; near zero only its top is known.
+    # The error of the spread is skewed, so it is taken in the logarithm if there is one; near zero only the upper bound
+    # is known.
     if square > 2 * float(np.sqrt(variance.variance())):
         squares = variance.positive_interval(confidence)
     else:
@@ -312,7 +313,7 @@ def _variation(bent: np.ndarray, keys: tuple, confidence: float) -> dict[str, fl
     low, high = max(low, 0.0), np.inf if high >= 7.999 else max(high, 0.0)
     ratio = max(float(square.value / level.value), 0.0)
     if low > 0:
-        # A variance of few directions is skewed: its top is further away than Fieller's, which is linear in it.
+        # A variance of few directions is skewed: its upper bound is further away than Fieller's, which is linear in it.
         slope = stack(square, level).linear(np.array([1.0, -ratio]) / float(level.value), value=ratio)
         high = max(high, float(slope.positive_interval(confidence)[1]))
     with np.errstate(divide="ignore"):

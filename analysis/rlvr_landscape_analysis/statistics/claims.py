@@ -37,7 +37,8 @@ from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap
 from rlvr_landscape_analysis.statistics.two_way import MIN_DIRECTIONS, TwoWay, over_runs
 
 NEGLIGIBLE = 0.1
-"""A correlation, or a share of exploitation, nearer to none than this does not count; stated here, before any data."""
+"""An effect smaller than this (a correlation, or a share of exploitation) does not count; fixed here, before any
+data."""
 EVEN = 0.5
 """Share of the gain in pass@1 that is exploitation when it is neither this nor exploration (claim T3)."""
 TITLES = {
@@ -138,8 +139,8 @@ def mean_over_runs(parts: Sequence[Correlation], confidence: float) -> Estimate:
 def combination(parts: Sequence[Estimate], factors: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Σ factor · estimate with an interval made of the estimates' own intervals (Zou 2007), correlations included.
 
-    Intervals of correlations are lopsided and can be [−1, 1]; this keeps both. Estimates that share prompts or
-    directions are correlated, as their deviations say.
+    Intervals of correlations are asymmetric and can be [−1, 1]; this keeps both properties. Estimates that share
+    prompts or directions are correlated, as their deviations say.
     """
     values = np.array([part.value for part in parts])
     c = np.asarray(factors, float)
@@ -292,7 +293,8 @@ def claim_t2(
     few = _too_few([p for run, groups in usable for group in groups for p in (run.points[s] for s in group)])
     if few:
         return _not_measurable("T2", few, censused)
-    # A run without later snapshots would change who is compared, so later ones count only where all runs have them.
+    # A run without later snapshots would change which runs are compared, so later snapshots count only where all runs
+    # have them.
     later = all(groups[2] for _, groups in usable)
     series: list[list[Correlation]] = [[], [], []]
     radii: list[float] = []
@@ -519,7 +521,7 @@ def _too_few(points: Sequence[CensusPoints]) -> str:
 
 
 def _largest(found: Sequence[tuple[int | None, int | None]]) -> tuple[int | None, int | None]:
-    """What decides all that is open; unknown where one is unknown."""
+    """What would decide everything that is undecided; unknown where one part is unknown."""
     if not found or any(prompts is None for _, prompts in found):
         return None, None
     return (
@@ -654,7 +656,7 @@ def sampled(claim: Claim) -> str:
 
 
 def check_runs(runs: Sequence[RunEvidence]) -> None:
-    """Raise `AnalysisError` when two runs bear one name: their directions would be taken for the same."""
+    """Raise `AnalysisError` when two runs have one name: their directions would be treated as the same."""
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -8,10 +8,10 @@ the points that removes what is controlled for. With U_xy the mean of x_i·Q y_j
 
     contribution  = U_xy / √(U°_xx U°_yy),   U° without any control
 
-U is X·QY minus its sampling noise, estimated from the residuals of prompts (FORMULAS §L.2; Spearman 1904), so the
-corrected value estimates the correlation of the landscape that infinitely many prompts would show. Controls differ in Q
-only. A contribution is a part of the corrected plain correlation: those of `shell` and `radial` add up to it, and they
-stay defined where a control leaves no variation at all. docs/statistics.md explains each and its intervals.
+U is X·QY minus its sampling noise, estimated from the residuals of prompts (Spearman 1904), so the corrected value
+estimates the correlation of the landscape that infinitely many prompts would show. Controls differ in Q only. A
+contribution is a part of the corrected plain correlation: those of `shell` and `radial` add up to it, and they stay
+defined where a control leaves no variation at all. docs/statistics.md explains each and its intervals.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def correlations(
 
 @dataclass(frozen=True)
 class Projection:
-    """Values per prompt with the control taken out: label → (rows, prompts); inner products of rows are what counts."""
+    """Values per prompt with the control removed: label → (rows, prompts); inner products of rows are what counts."""
 
     values: dict[str, np.ndarray]
     points: int
@@ -115,7 +115,7 @@ class Projection:
 
 
 def project(matrices: Cells, control: str) -> Projection:
-    """Take a control out; docs/statistics.md says what each leaves."""
+    """Remove a control; docs/statistics.md says what each leaves."""
     values, points = matrices.values, len(matrices.alpha)
     if control == "no_origin":
         origin = matrices.origin
@@ -342,7 +342,7 @@ def _influence(
     u = {name: (total[name] - own[name] @ square) / pairs for name in own}
     with np.errstate(invalid="ignore", divide="ignore"):
         r = u["xy"] / np.sqrt(u["xx"] * u["yy"])
-        # Where noise swallows all variance, nothing but the sign is known.
+        # Where all variance is noise, only the sign is known.
         r = np.where((u["xx"] > 0) & (u["yy"] > 0), r, np.sign(u["xy"]))
         r = np.clip(r, -_EDGE, _EDGE)
         scale = 1.0 / ((count - 1.0) * (1.0 - r * r))

@@ -1,6 +1,6 @@
 """Policies along directions with a meaning, and how they compare with random ones at equal KL: the reward–KL frontier.
 
-A path's own numbers have errors over prompts alone, for nobody drew it. What is compared with random directions has
+A path is not drawn at random, so its own numbers have errors over prompts only. A comparison with random directions has
 errors over directions and prompts (`two_way.py`). Formulas: docs/statistics.md.
 """
 

@@ -1,4 +1,4 @@
-"""Sweeps that stop once a number is known well enough: what to measure next, and when to stop.
+"""Sweeps that stop when a number is known well enough: what to measure next, and when to stop.
 
 What is measured so far is a rectangle: a subset of each axis, the first prompts, all of their rollouts. `look` gives
 the interval of the *full* grid's value from it. The coarse grid is interpolated prompt by prompt, a linear map, so the
@@ -54,7 +54,7 @@ class Look:
     points: int
     """Measured points."""
     reason: str = ""
-    """Why nothing can be said yet; empty otherwise."""
+    """Why there is no value yet; empty otherwise."""
 
     @property
     def width(self) -> float:
@@ -219,7 +219,7 @@ def _allowance(
     statistic: str,
     value: float,
 ) -> tuple[float, str]:
-    """How far `value`, of the last of `levels`, may lie from that of the full grid; or why that cannot be told."""
+    """How far `value`, of the last of `levels`, may lie from that of the full grid; or why that is not known."""
     if len(levels) < 2:
         return math.nan, "the coarsest level has none to compare with"
     kept = {name: np.isin(*pair) for name, pair in zip(GRID, zip(*levels[-1:-3:-1], strict=True), strict=True)}

@@ -1,8 +1,8 @@
 """Resampling prompts as matrix products.
 
 All points of a landscape share their prompts, so a bootstrap draw is one weight per prompt, the same for every point,
-variable, snapshot and slice (FORMULAS: cluster bootstrap, Wagstaff et al. 2009). With the means per prompt in a matrix
-(points, prompts) and the weights in (prompts, resamples), all resampled means are one product.
+variable, snapshot and slice (cluster bootstrap, Wagstaff et al. 2009). With the means per prompt in a matrix (points,
+prompts) and the weights in (prompts, resamples), all resampled means are one product.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def centred_interval(
 ) -> tuple[float, float]:
     """Percentiles of the resampled values, shifted so that their median is `value`, clipped to [low, high].
 
-    The shift takes out what resampling itself adds (a resampled landscape is noisier than the measured one). Missing
+    The shift removes what resampling itself adds (a resampled landscape is noisier than the measured one). Missing
     resamples make the interval missing unless they are fewer than the tails.
     """
     finite = resampled[np.isfinite(resampled)]

@@ -239,7 +239,7 @@ def exploitation_index(
 def slice_agreement(tables: xr.Dataset, level: float) -> xr.Dataset | None:
     """Contributions (`none`: corrected correlations) of several slices of one snapshot as one value.
 
-    `mean` = tanh of the mean of Fisher's z over slices with Student's interval over slices (FORMULAS §L.1), which is
+    `mean` = tanh of the mean of Fisher's z over slices with Student's interval over slices, which is
     what holds for *another* random slice; `spread` the standard deviation of z; `slices` how many. Dims (step, pair,
     control, bound). None when no snapshot has two slices.
     """

@@ -148,6 +148,46 @@ def test_a_refused_snapshot_leaves_the_old_slice_in_force(engine, tmp_path):
     assert call(engine, 0.1, 0.0)["weights"] == "moved"
 
 
+def test_the_worker_itself_reads_below_the_roots_only(engine, tmp_path, monkeypatch):
+    """Whoever calls the engine past the routes."""
+    load(engine)
+    assert call(engine, 0.1, 0.0)["weights"] == "moved"
+    inside = tmp_path / "inside"
+    shutil.copytree(POLICY, inside)
+    (tmp_path / "outside.safetensors").write_bytes((POLICY / "model.safetensors").read_bytes())
+    monkeypatch.setenv(ROOTS_VARIABLE, str(inside))
+    assert "outside the server's" in load(engine, POLICY)["error"]
+    (inside / "model.safetensors").unlink()
+    (inside / "model.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    assert "outside the server's" in load(engine, inside)["error"]
+    along = SliceSpec(0, alpha=DirectionSpec("file", "none", sha256="0" * 64)).as_dict()
+    (inside / "model.safetensors").unlink()
+    shutil.copy(POLICY / "model.safetensors", inside)
+    files = {"alpha": str(tmp_path / "outside.safetensors")}
+    refused = reported(lambda folder: engine.init_transfer_engine(LoadRequest(folder, str(inside), along, files)))
+    assert "direction alpha" in refused["error"]
+    assert "outside the server's" in refused["error"]
+    assert call(engine, 0.2, 0.0)["weights"] == "moved", "the slice before stays in force"
+
+
+def test_the_worker_writes_no_report_elsewhere(engine, tmp_path):
+    load(engine)
+    state = engine.model.state()
+    for request in (LoadRequest(str(tmp_path)), LoadRequest(str(tmp_path), str(POLICY), {"seed": 1})):
+        with pytest.raises(access.AccessError, match="not a report directory"):
+            engine.init_transfer_engine(request)
+    with pytest.raises(access.AccessError, match="not a report directory"):
+        engine.receive_weights(MoveRequest(0.5, 0.0, str(tmp_path)))
+    assert same(engine.model.state(), state), "nothing moves whose outcome cannot be told"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_worker_is_not_built_in_development_mode(engine, monkeypatch):
+    monkeypatch.setenv(access.DEVELOPMENT_VARIABLE, "1")
+    with pytest.raises(access.AccessError, match="VLLM_SERVER_DEV_MODE"):
+        LandscapeEngine(engine.config, engine.vllm_config, engine.device, engine.model)
+
+
 def test_nothing_drifts_over_many_moves(engine):
     load(engine)
     origin = engine.model.state()

@@ -354,7 +354,7 @@ async def test_a_server_comes_back_after_a_first_move_that_failed(tmp_path):
     names = load_file(POLICY / "model.safetensors")
     file = tmp_path / "direction.safetensors"
     write_safetensors(file, {n: w.shape for n, w in names.items()}, (1e-3 * w.numpy() for w in names.values()))
-    along = SliceSpec(0, "none", alpha=DirectionSpec("file", "none", sha256=file_sha256(file))).as_dict()
+    along = SliceSpec(0, alpha=DirectionSpec("file", "none", sha256=file_sha256(file))).as_dict()
     extra = ["--logprobs-mode", "processed_logprobs"]
     config = ServerConfig(device="cpu", directions_memory="regenerated", extra_args=extra)
     async with local_server(config, POLICY, [POLICY, tmp_path], tmp_path / "log") as other:

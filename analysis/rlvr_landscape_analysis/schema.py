@@ -165,7 +165,10 @@ SCHEMA: dict[str, Variable] = {
         "base", "f8", "nat", "log-probability of a checkpoint completion, scored at the origin after the last point"
     ),
     "recheck_max_difference": Variable(
-        "base", "f4", "nat", "largest difference of one token's log-probability between the first and last look"
+        "base",
+        "f4",
+        "nat",
+        "largest difference of one token's log-probability between the first scoring and the recheck",
     ),
 }
 """Every variable of a dataset that is measured."""

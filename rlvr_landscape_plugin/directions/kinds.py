@@ -215,7 +215,7 @@ def fitting_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], spec: Sli
     found = {name: info for name, info in safetensors_header(file).items() if spec.moves(name)}
     for name, shape in shapes.items():
         if name not in found:
-            raise SnapshotError(f"{file} has no tensor {name!r}; add it, or let it stand still with slice.exclude")
+            raise SnapshotError(f"{file} has no tensor {name!r}; add it, or leave it out with slice.exclude")
         if found[name].shape != tuple(shape):
             raise SnapshotError(f"{file}: tensor {name!r} has shape {list(found[name].shape)}, expected {list(shape)}")
     if foreign := sorted(set(found) - set(shapes)):

@@ -284,7 +284,7 @@ class SnapshotHook:
     def _report(self, step: int, error: Exception) -> None:
         """Log an error; no failure here affects training."""
         text = str(error) if isinstance(error, LandscapeError) else f"{type(error).__name__}: {error}"
-        _logger().error(f"No snapshot of step {step}; training goes on. {text}")
+        _logger().error(f"No snapshot of step {step}; training continues. {text}")
         line = {"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "error": text}
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ def consolidate(
     base, recheck = journal.read_base(), journal.read_recheck()
     if missing or base is None or recheck is None:
         of = f"{len(missing)} of {len(subset.places)} points"
-        what = of if missing else "the base batch or the last look at the origin"
+        what = of if missing else "the base batch or the recheck of the origin"
         raise StoreError(f"{journal.root} lacks {what}; run the same sweep again to finish it")
     base, recheck = (data.isel(prompt=slice(subset.prompts)) for data in (base, recheck))
     writer = _Writer(journal, subset, base, recheck, notes or Annotations())

@@ -163,7 +163,7 @@ class Pool(Generic[Server]):
                 if alone and time.monotonic() - self._alive >= self._patience:
                     raise
                 self._say(
-                    f"{error}; {'no server left' if alone else 'the others go on'}, trying again in {pause:.0f} s"
+                    f"{error}; {'no server left' if alone else 'the others continue'}, trying again in {pause:.0f} s"
                 )
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)

@@ -404,7 +404,7 @@ def test_a_full_disk_leaves_training_and_the_next_snapshot_alone(trainer, monkey
     (line,) = [json.loads(text) for text in (trainer.root / "failures.jsonl").read_text().splitlines()]
     assert line["step"] == 0
     assert "No space left on device" in line["error"]
-    assert "No snapshot of step 0; training goes on" in trainer.log.errors[0]
+    assert "No snapshot of step 0; training continues" in trainer.log.errors[0]
     trainer.broadcast.broadcast_weights(trainer.model, 1)
     assert names(trainer.root) == ["failures.jsonl", "step_000001"]
     open_snapshot(trainer.root / "step_000001").verify()

@@ -74,7 +74,7 @@ def test_points_of_a_server_that_dies_go_to_the_others():
     job, said = run([dead, FakeServer()])
     assert sum(who == id(dead) for _, who in job.kept) == 1
     assert not dead.present
-    assert "connection failed; the others go on" in said[0]
+    assert "connection failed; the others continue" in said[0]
 
 
 def test_a_server_that_comes_back_enters_the_slice_again():

@@ -434,7 +434,7 @@ def test_a_server_lost_on_the_way_leaves_its_points_to_the_other(server, second_
     _, err = process.communicate(timeout=300)
     proxy.close()
     assert process.returncode == 0, err
-    assert "the others go on" in err
+    assert "the others continue" in err
     with xr.open_dataset(tmp_path / "out" / f"landscape_{NAME}.nc") as final:
         assert final.reward.notnull().all()
         assert float((final.reward != data.reward).mean()) < 0.02

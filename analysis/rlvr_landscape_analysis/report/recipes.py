@@ -135,7 +135,7 @@ def _snapshot_recipes(analysis: RunAnalysis, key: Key) -> list[Recipe]:
         Recipe(
             f"surface_{tail}",
             f"The landscape as a surface, {at}",
-            "For a first look; a flat map is read more exactly.",
+            "For a first impression; a flat map is read more exactly.",
             lambda: drawing.surface(values),
         ),
     ]

@@ -223,7 +223,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             "seconds": time.perf_counter() - started,
         }
         logger.info(
-            "landscape: %s moves by the %s path (%s), directions %s (%s), taken in within %.1f s",
+            "landscape: %s moves by the %s path (%s), directions %s (%s), loaded in %.1f s",
             *(snapshot.path.name, facts["move_path"], reason, where, place.reason, facts["seconds"]),
         )
         self._report(init_info.report, facts)

@@ -41,6 +41,8 @@ VERSIONS = "0.8"
 FAILURES = "failures.jsonl"
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
+_UNFINISHED = {".shards", ".tmp"}
+"""Ends of the names that a snapshot has before it is one: here, and in `snapshot.write_snapshot`."""
 _PRIVATE = {"env_vars", "headers"}
 """Keys of prime-rl's configuration that may hold credentials."""
 
@@ -74,10 +76,19 @@ def install(config: Any, kwargs: LossKwargs, objective: Objective) -> SnapshotHo
         objective={"name": objective.name, "options": dict(objective.options)},
         base=base_directory(config.model.name) if get_world().is_master else None,
     )
+    if get_world().is_master:
+        clear_leftovers(hook.root)
     for cls in classes:
         wrap(cls, "broadcast_weights", hook)
     wrap(CheckpointManager, "save", hook)
     return hook
+
+
+def clear_leftovers(root: Path) -> None:
+    """Remove what a trainer that was killed in the middle of a snapshot left; whole snapshots have other names."""
+    for folder in root.glob(".step_*"):
+        if folder.is_dir() and folder.suffix in _UNFINISHED:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def wrap(cls: type, method: str, hook: Callable[[Any, int], None]) -> None:

@@ -18,9 +18,9 @@ Everything else that runs is prime-rl's: launcher, orchestrator, environment ser
 optimiser, broadcast, checkpoints, metrics. What this cannot show: NCCL, NIXL, flash attention's packed sequences,
 expert and context parallelism.
 
-Faults for tests, in the trainer only: PRIME_RL_STALL names a part of a path. The first file under such a path that
-safetensors saves or shutil copies is written by half; `<PRIME_RL_STALL_MARK>` is made with the process id in it, and
-the process waits there to be killed. A slow disk does the same; this one can be waited for.
+A fault for tests, in the trainer only: PRIME_RL_STALL is a regular expression. The first file with a matching path that
+safetensors saves or shutil copies is written by half; then the file PRIME_RL_STALL_MARK is made, with the process id
+and the path in it, and the process waits there to be killed. A slow disk does the same; this one can be waited for.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import os
+import re
 import sys
 import time
 import types
@@ -204,8 +205,8 @@ def prepare_torch() -> None:
     dist.init_process_group = init_process_group
 
 
-def prepare_stall(part: str, mark: Path) -> None:
-    """Stop for ever in the middle of the first file whose path contains `part`; see the module's docstring."""
+def prepare_stall(pattern: str, mark: Path) -> None:
+    """Stop for ever in the middle of the first file whose path matches; see the module's docstring."""
     import shutil
 
     import safetensors.torch
@@ -220,13 +221,13 @@ def prepare_stall(part: str, mark: Path) -> None:
 
     def save_file(tensors: Any, file: Any, metadata: Any = None) -> None:
         save(tensors, file, metadata)
-        if part in str(file) and not mark.exists():
+        if re.search(pattern, str(file)) and not mark.exists():
             os.truncate(file, Path(file).stat().st_size // 2)
             wait(file)
 
     def copyfile(source: Any, target: Any, **kwargs: Any) -> Any:
         copied = copy(source, target, **kwargs)
-        if part in str(target) and not mark.exists():
+        if re.search(pattern, str(target)) and not mark.exists():
             os.truncate(target, Path(target).stat().st_size // 2)
             wait(target)
         return copied

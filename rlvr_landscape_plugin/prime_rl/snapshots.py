@@ -1,9 +1,10 @@
 """The snapshot hook: HF weights of the policy at scheduled steps, however prime-rl broadcasts or shards them.
 
-prime-rl has no extension point for this. Every run calls `WeightBroadcast.broadcast_weights(model, step)`: with the
+Where prime-rl has the callback that docs/upstream/prime-rl-snapshot-hook.md proposes, the hook registers itself. In 0.8
+there is no extension point. There, every run calls `WeightBroadcast.broadcast_weights(model, step)`: with the
 incoming policy before the first batch (step 0, or the step it resumes from) and after every update. `install` wraps it,
-and `CheckpointManager.save(step, model, …)`, because a broadcast in memory (NCCL, NIXL) leaves out the last step, whose
-policy nothing samples from. The wrapped call comes first, so inference does not wait for a snapshot.
+and `CheckpointManager.save(step, model, …)`, because a broadcast in memory (NCCL, NIXL) leaves out the last step,
+whose policy nothing samples from. The wrapped call comes first, so inference does not wait for a snapshot.
 
 At a scheduled step all ranks gather together, each writes the share that prime-rl's own helper leaves it, all exchange
 whether that worked, and the master makes the files a snapshot. Every rank reaches that exchange, so one that fails (a
@@ -11,7 +12,7 @@ full disk, say) neither hangs the others nor ends training: the failure is logge
 beside the snapshots, no half snapshot stays, and the next scheduled step is tried. A rank that fails *within* the
 collective gathering, out of GPU memory for instance, leaves the others waiting, as in the broadcast itself.
 
-Weights are in bfloat16, as inference gets them.
+Weights are in bfloat16, as inference gets them. Of a LoRA run the adapter is kept, see lora.py.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, SnapshotError
 from rlvr_landscape_plugin.objectives import Objective
 from rlvr_landscape_plugin.prime_rl.adapter import LossKwargs
+from rlvr_landscape_plugin.prime_rl.lora import adapter_tensors, check_adapter, check_lora, write_adapter
+from rlvr_landscape_plugin.prime_rl.versions import check, installed, policy_callback
 from rlvr_landscape_plugin.schedule import parse_schedule
 from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, find_snapshots, snapshot_name, write_snapshot
 
-VERSIONS = "0.8"
-"""The prime-rl series that this hook was checked with."""
-
 FAILURES = "failures.jsonl"
+ADAPTERS = "adapters"
+"""Where the snapshots of a LoRA run go, in the run's directory: no sweep takes them for whole policies."""
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md"}
 _UNFINISHED = {".shards", ".tmp"}
@@ -48,40 +49,53 @@ _PRIVATE = {"env_vars", "headers"}
 
 
 def install(config: Any, kwargs: LossKwargs, objective: Objective) -> SnapshotHook:
-    """Wrap prime-rl's broadcast classes and its checkpoint manager in this process; `config` is its TrainerConfig.
+    """Let this process keep snapshots; `config` is prime-rl's TrainerConfig.
 
-    Raises ConfigurationError for another prime-rl than the hook knows, for LoRA, for a schedule whose last step would
-    never be seen, and for a base model whose files are not on this machine.
+    By prime-rl's policy callback where it has one, else by wrapping its broadcast classes and its checkpoint manager.
+    Raises ConfigurationError for a prime-rl that the hook does not fit, for a schedule whose last step would never be
+    seen, for LoRA that an adapter's files cannot hold, and for a base model whose files are not on this machine.
     """
-    from prime_rl.trainer.ckpt import CheckpointManager
+    classes = _broadcast_classes()
+    warning = check(config, [vars(cls)["broadcast_weights"] for cls in classes])
     from prime_rl.trainer.world import get_world
-    from prime_rl.transports.weights import WeightBroadcast
-    from prime_rl.utils import weights
 
-    classes = [cls for cls in WeightBroadcast.__subclasses__() if "broadcast_weights" in vars(cls)]
-    check_version(_prime_rl_version())
-    for function, first in (
-        *((cls.broadcast_weights, ("self", "model", "step")) for cls in (WeightBroadcast, *classes)),
-        (CheckpointManager.save, ("self", "step", "model")),
-        (weights.gather_weights_parallel, ("model",)),
-        (weights.convert_state_dict_to_hf, ("model", "state_dict")),
-    ):
-        check_signature(function, first)
+    register = policy_callback()
     steps = frozenset(parse_schedule(kwargs.snapshots or ""))
-    _check_reachable(config, steps)
+    if register is None:
+        _check_reachable(config, steps)
+    if config.model.lora is not None:
+        check_lora(config.model.lora)
+    place = "snapshots" if config.model.lora is None else ADAPTERS
+    master = get_world().is_master
     hook = SnapshotHook(
         steps=steps,
-        root=kwargs.directory or Path(config.output_dir) / "snapshots",
+        root=kwargs.directory or Path(config.output_dir) / place,
         config=config,
         objective={"name": objective.name, "options": dict(objective.options)},
-        base=base_directory(config.model.name) if get_world().is_master else None,
+        base=base_directory(config.model.name) if master else None,
     )
-    if get_world().is_master:
+    if master:
         clear_leftovers(hook.root)
+        if warning is not None:
+            _logger().warning(warning)
+    if register is not None:
+        register(hook)
+        return hook
+    from prime_rl.trainer.ckpt import CheckpointManager
+
     for cls in classes:
         wrap(cls, "broadcast_weights", hook)
     wrap(CheckpointManager, "save", hook)
     return hook
+
+
+def _broadcast_classes() -> list[type]:
+    """prime-rl's ways to broadcast; none where it has no such classes, which `check` then tells."""
+    try:
+        from prime_rl.transports.weights import WeightBroadcast
+    except ImportError:
+        return []
+    return [cls for cls in WeightBroadcast.__subclasses__() if "broadcast_weights" in vars(cls)]
 
 
 def clear_leftovers(root: Path) -> None:
@@ -106,40 +120,7 @@ def wrap(cls: type, method: str, hook: Callable[[Any, int], None]) -> None:
     setattr(cls, method, wrapped)
 
 
-def check_version(found: str | None) -> None:
-    """Refuse a prime-rl of another series; None, a checkout without package metadata, leaves it to the signatures."""
-    if found is not None and found.split(".")[:2] != VERSIONS.split("."):
-        raise ConfigurationError(f"prime-rl is {found}; the snapshot hook knows {VERSIONS}. {_WAY_OUT}")
-
-
-def check_signature(function: Callable[..., Any], first: tuple[str, ...]) -> None:
-    """Refuse a function whose first parameters have other names."""
-    found = tuple(inspect.signature(function).parameters)
-    if found[: len(first)] != first:
-        raise ConfigurationError(
-            f"{function.__module__}.{function.__qualname__} takes ({', '.join(found)}), the snapshot hook expects "
-            f"({', '.join(first)}, …) as in prime-rl {VERSIONS}. {_WAY_OUT}"
-        )
-
-
-_WAY_OUT = (
-    f'Use prime-rl {VERSIONS}, or set trainer.loss.kwargs.snapshots = "None" to train without snapshots; '
-    "prime-rl's own filesystem broadcast keeps those at multiples of ckpt.interval"
-)
-
-
-def _prime_rl_version() -> str | None:
-    try:
-        return version("prime-rl")
-    except PackageNotFoundError:
-        return None
-
-
 def _check_reachable(config: Any, steps: frozenset[int]) -> None:
-    if config.model.lora is not None:
-        raise ConfigurationError(
-            'trainer.model.lora trains adapters, a snapshot is a whole policy; remove lora, or set snapshots = "None"'
-        )
     broadcast = config.weight_broadcast.type
     if broadcast != "filesystem" and config.ckpt is None and config.max_steps in steps:
         raise ConfigurationError(
@@ -199,6 +180,29 @@ class SnapshotHook:
                 _logger().info(f"Snapshot of step {step} in {published} ({time.perf_counter() - start:.1f} s)")
 
     def _keep(self, model: Any, step: int) -> Path | None:
+        if self.config.model.lora is not None:
+            return self._keep_adapter(step)
+        return self._keep_policy(model, step)
+
+    def _keep_adapter(self, step: int) -> Path | None:
+        import torch.distributed as dist
+        from prime_rl.trainer.world import get_world
+
+        world = get_world()
+        tensors = _attempt(adapter_tensors)
+        reports: list[Any] = [None] * world.world_size
+        dist.all_gather_object(reports, tensors if isinstance(tensors, Failure) else None)
+        if not world.is_master:
+            return None
+        _check_reports(reports)
+        lora, base = self.config.model.lora, self.config.model.name
+
+        def fill(folder: Path) -> None:
+            write_adapter(folder, lora, tensors, base)
+
+        return write_snapshot(self.root, self._manifest(step), fill, read_back=check_adapter)
+
+    def _keep_policy(self, model: Any, step: int) -> Path | None:
         import torch.distributed as dist
         from prime_rl.trainer.world import get_world
         from prime_rl.utils.weights import gather_weights_parallel
@@ -215,9 +219,7 @@ class SnapshotHook:
             dist.all_gather_object(reports, problem if isinstance(problem, Failure) else written)
             if not world.is_master:
                 return None
-            failed = {rank: report for rank, report in enumerate(reports) if isinstance(report, Failure)}
-            if failed:
-                raise SnapshotError("; ".join(f"rank {rank}: {failure.text}" for rank, failure in failed.items()))
+            _check_reports(reports)
             return self._publish(step, shards, reports)
         finally:
             if world.is_master:
@@ -263,7 +265,7 @@ class SnapshotHook:
     def _manifest(self, step: int) -> Manifest:
         return Manifest(
             step=step,
-            trainer={"name": "prime-rl", "version": _prime_rl_version() or "unknown"},
+            trainer={"name": "prime-rl", "version": installed() or "unknown"},
             run=os.environ.get("PRL_RUN_ID", ""),
             parent_run=self._parent_run(step),
             configuration=self._configuration(),
@@ -310,6 +312,13 @@ class Failure:
     """The error of one rank."""
 
     text: str
+
+
+def _check_reports(reports: list[Any]) -> None:
+    """Raise `SnapshotError` with what went wrong on each rank where something did."""
+    failed = {rank: report for rank, report in enumerate(reports) if isinstance(report, Failure)}
+    if failed:
+        raise SnapshotError("; ".join(f"rank {rank}: {failure.text}" for rank, failure in failed.items()))
 
 
 def _attempt(action: Callable[[], Any]) -> Any:

@@ -316,12 +316,15 @@ def snapshot_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def write_snapshot(root: Path, manifest: Manifest, fill: Callable[[Path], None]) -> Path:
+def write_snapshot(
+    root: Path, manifest: Manifest, fill: Callable[[Path], None], read_back: Callable[[Path], object] | None = None
+) -> Path:
     """A whole snapshot `root/step_<N>/`, or none: `fill` puts config, tokenizer and weights into an empty directory.
 
     The directory has a temporary name until every file is on disk and in the manifest (`manifest.files` is not read),
     then it is renamed. A snapshot that exists is never touched: if it has the same files, its path is returned,
-    otherwise `SnapshotError` names the first difference.
+    otherwise `SnapshotError` names the first difference. `read_back` raises for a directory that cannot be read back;
+    by default `open_snapshot`, another for an adapter.
     """
     target = root / snapshot_name(manifest.step)
     files: dict[str, FileEntry] = {}
@@ -332,7 +335,7 @@ def write_snapshot(root: Path, manifest: Manifest, fill: Callable[[Path], None])
             files[name] = {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
         content = {"format": _FORMAT, **asdict(manifest), "files": files}
         (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-        open_snapshot(folder)  # what cannot be read back must not get a name
+        (read_back or open_snapshot)(folder)  # what cannot be read back must not get a name
 
     safe = "snapshots that exist are safe"
     if not publish_directory(target, fill_and_describe, safe=safe):

@@ -192,6 +192,12 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to bfloat16, to the nearest and ties to even, as float32."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def snapshots_equal_broadcasts(run: Run, steps: tuple[int, ...]) -> None:
     """Check that the snapshots are exactly those of `steps`, whole, with the weights that inference got."""
     root = run.directory / "snapshots"

@@ -25,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prime_rl_run import POLICY, ROOT, Run, Workplace, inference, project, snapshots_equal_broadcasts, weights
+from prime_rl_run import (
+    POLICY,
+    ROOT,
+    Run,
+    Workplace,
+    bfloat16,
+    inference,
+    project,
+    snapshots_equal_broadcasts,
+    weights,
+)
 
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
@@ -67,7 +77,7 @@ def test_snapshots_are_the_policies_that_inference_got(trained):
     start, end = (weights(trained.directory / "snapshots" / f"step_00000{step}") for step in (0, 3))
     shipped = weights(POLICY)
     assert start.keys() == shipped.keys()
-    assert all((start[name] == shipped[name]).all() for name in shipped)
+    assert all((start[name] == bfloat16(shipped[name])).all() for name in shipped)
     assert any((start[name] != end[name]).any() for name in start)
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,11 +20,14 @@ from typing import Any
 import numpy as np
 import objectives_reference as reference
 import pytest
+from prime_rl_run import bfloat16, free_port
 
 from rlvr_landscape_plugin.errors import ConfigurationError
+from rlvr_landscape_plugin.files import file_sha256
 from rlvr_landscape_plugin.objectives import configure
-from rlvr_landscape_plugin.prime_rl import snapshots
+from rlvr_landscape_plugin.prime_rl import snapshots, versions
 from rlvr_landscape_plugin.prime_rl.adapter import LossKwargs, ObjectiveTable, build_objective, sequence_loss
+from rlvr_landscape_plugin.prime_rl.lora import check_adapter
 from rlvr_landscape_plugin.snapshot import SHIPPED, open_snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -56,9 +60,16 @@ def checkout() -> Path:
         pytest.skip("PRIME_RL_DIR is not set: give it the path of a prime-rl checkout")
     path = Path(given).resolve()
     assert (path / "src" / "prime_rl").is_dir(), f"PRIME_RL_DIR = {given} is no prime-rl checkout"
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"prime-rl needs {', '.join(missing)}: pip install them beside the extras cpu and dev")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing and python_of(path) == sys.executable:
+        pytest.skip(f"prime-rl needs {', '.join(missing)}: run scripts/setup_prime_rl.sh {given}")
     return path
+
+
+def python_of(checkout: Path) -> str:
+    """The interpreter that has prime-rl's packages: that of scripts/setup_prime_rl.sh, else this one."""
+    own = checkout / ".venv-cpu" / "bin" / "python"
+    return str(own) if own.is_file() else sys.executable
 
 
 def environment(checkout: Path, **more: str) -> dict[str, str]:
@@ -315,7 +326,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.SimpleName
             steps=frozenset({0, 1, 3, 13}),
             root=tmp_path / "snapshots",
             config=Configuration(
-                model=types.SimpleNamespace(name=str(POLICY)),
+                model=types.SimpleNamespace(name=str(POLICY), lora=None),
                 tokenizer=types.SimpleNamespace(name=str(POLICY), chat_template=None),
                 output_dir=tmp_path,
                 resume=None,
@@ -449,14 +460,116 @@ def test_the_parent_is_the_run_that_is_resumed(trainer, monkeypatch):
     assert (manifest.run, manifest.parent_run) == ("run-3", "run-2")
 
 
-def test_another_prime_rl_is_refused_with_the_way_out():
-    snapshots.check_version("0.8.1.dev67")
-    snapshots.check_version(None)
-    with pytest.raises(ConfigurationError, match=r"prime-rl is 0\.9\.0.*kwargs\.snapshots = \"None\""):
-        snapshots.check_version("0.9.0")
-    snapshots.check_signature(Broadcast.broadcast_weights, ("self", "model", "step"))
-    with pytest.raises(ConfigurationError, match=r"broadcast_weights takes \(self, model, step\).*Use prime-rl 0\.8"):
-        snapshots.check_signature(Broadcast.broadcast_weights, ("self", "step", "model"))
+@pytest.fixture
+def prime_rl(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Modules in prime-rl's place with all that the hook uses, which a test changes before it checks."""
+
+    class WeightBroadcast:
+        def broadcast_weights(self, model: Any, step: int) -> None: ...
+
+    class CheckpointManager:
+        def save(self, step: int, model: Any, optimizers: Any, scheduler: Any, progress: Any) -> None: ...
+
+    class LoRAState:
+        def adapter_state_dict(self) -> None: ...
+
+    content: dict[str, dict[str, Any]] = {
+        "prime_rl": {},
+        "prime_rl.trainer": {},
+        "prime_rl.trainer.ckpt": {"CheckpointManager": CheckpointManager},
+        "prime_rl.trainer.lora": {"LoRAState": LoRAState, "get_lora_state": lambda: None},
+        "prime_rl.trainer.world": {"get_world": lambda: None},
+        "prime_rl.transports": {},
+        "prime_rl.transports.weights": {"WeightBroadcast": WeightBroadcast},
+        "prime_rl.utils": {},
+        "prime_rl.utils.logger": {"get_logger": lambda: None},
+        "prime_rl.utils.weights": {
+            "gather_weights_parallel": lambda model, dtype=None: None,
+            "convert_state_dict_to_hf": lambda model, state_dict: None,
+        },
+    }
+    for name, attributes in content.items():
+        module = types.ModuleType(name)
+        vars(module).update(attributes)
+        if name in {"prime_rl", "prime_rl.trainer", "prime_rl.transports", "prime_rl.utils"}:
+            module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+        content[name] = vars(module)
+    return content
+
+
+def trainer_config(**more: Any) -> Any:
+    """A TrainerConfig as far as the hook reads it."""
+    space = types.SimpleNamespace
+    keys = {"output_dir": ".", "max_steps": 2, "ckpt": None, "resume": None, **more}
+    parts = {"model": space(name="m", lora=None), "weight_broadcast": space(type="nccl")}
+    return space(**parts, tokenizer=space(name=None, chat_template=None), **keys)
+
+
+def test_a_prime_rl_that_has_everything_is_taken(prime_rl, monkeypatch):
+    for found, warns in (("0.8.0", False), ("0.8.1.dev67", False), (None, False), ("0.9.0", True), ("1.0.0", True)):
+        monkeypatch.setattr(versions, "installed", lambda found=found: found)
+        warning = versions.check(trainer_config())
+        assert (warning is not None) == warns, found
+        assert not warns or f"prime-rl {found} is newer than 0.8" in str(warning)
+
+
+def test_an_older_prime_rl_is_refused(prime_rl, monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda: "0.7.3")
+    with pytest.raises(ConfigurationError, match=r"prime-rl is 0\.7\.3.*kwargs\.snapshots = \"None\""):
+        versions.check(trainer_config())
+
+
+def test_a_prime_rl_that_changed_is_refused_with_what_differs(prime_rl, monkeypatch):
+    monkeypatch.setattr(versions, "installed", lambda: "0.9.0")
+    weights = prime_rl["prime_rl.utils.weights"]
+    changes: list[tuple[dict[str, Any], str, Any, str]] = [
+        (weights, "gather_weights_parallel", lambda model, group: None, "requires group, which the snapshot hook does"),
+        (
+            weights,
+            "gather_weights_parallel",
+            lambda module: None,
+            r"takes \(module\), .* hook expects \(model",
+        ),
+        (weights, "convert_state_dict_to_hf", None, "convert_state_dict_to_hf"),
+        (prime_rl["prime_rl.trainer.ckpt"], "CheckpointManager", object, "CheckpointManager.save is missing"),
+    ]
+    for place, name, value, reason in changes:
+        with monkeypatch.context() as patch:
+            if value is None:
+                patch.delitem(place, name)
+            else:
+                patch.setitem(place, name, value)
+            with pytest.raises(ConfigurationError, match=reason) as caught:
+                versions.check(trainer_config())
+            assert "prime-rl 0.9.0 differs from 0.8" in str(caught.value)
+            assert "Use prime-rl 0.8, or set" in str(caught.value)
+    config = trainer_config()
+    del config.tokenizer.chat_template
+    with pytest.raises(ConfigurationError, match=r"no trainer\.tokenizer\.chat_template"):
+        versions.check(config)
+    with pytest.raises(ConfigurationError, match=r"takes \(self, step, model\)"):
+        versions.check(trainer_config(), [lambda self, step, model: None])
+
+
+def test_the_callback_is_used_where_prime_rl_has_it(prime_rl, monkeypatch, tmp_path):
+    registered: list[Any] = []
+    monkeypatch.setitem(prime_rl["prime_rl.trainer"], "__path__", [])
+    for name, attributes in {
+        "prime_rl.trainer.rl": {"__path__": []},
+        "prime_rl.trainer.rl.callbacks": {"register_policy_callback": registered.append},
+    }.items():
+        module = types.ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+    world = types.SimpleNamespace(is_master=True)
+    monkeypatch.setitem(prime_rl["prime_rl.trainer.world"], "get_world", lambda: world)
+    monkeypatch.delitem(prime_rl["prime_rl.trainer.ckpt"], "CheckpointManager")  # nothing is wrapped, nor missed
+    config = trainer_config(output_dir=tmp_path)
+    config.model.name = str(POLICY)
+    # The last step of an NCCL run without checkpoints, which wrapping would never see.
+    hook = snapshots.install(config, LossKwargs(snapshots="0-2"), configure("grpo"))
+    assert registered == [hook]
 
 
 def test_a_base_model_that_is_not_here_is_refused(tmp_path, monkeypatch):
@@ -529,7 +642,7 @@ def resolved(checkout: Path) -> dict[str, Any]:
     base = str(CONFIGS / "alphabet_sort.toml")
     files = {name: [base, str(CONFIGS / "prime_rl" / f"{name}.toml")] for name in VARIANTS}
     files |= {"base": [base], "inference": [str(CONFIGS / "prime_rl" / "inference.toml")]}
-    command = [sys.executable, "-c", RESOLVE, json.dumps(files)]
+    command = [python_of(checkout), "-c", RESOLVE, json.dumps(files)]
     done = subprocess.run(command, env=environment(checkout), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -622,7 +735,12 @@ def drive(checkout: Path, root: Path, ranks: int = 1, plan: dict[str, Any] | Non
         env = environment(
             checkout, DRIVER=json.dumps(orders), PRL_RUN_ID="run-1", **{k: str(v) for k, v in place.items()}
         )
-        command = [sys.executable, str(ROOT / "tests" / "prime_rl_driver.py"), "@", str(root / "trainer.json")]
+        command = [
+            python_of(checkout),
+            str(ROOT / "tests" / "helpers" / "prime_rl_driver.py"),
+            "@",
+            str(root / "trainer.json"),
+        ]
         processes.append(
             subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -735,7 +853,10 @@ def test_a_second_run_in_the_directory_keeps_what_is_equal(checkout, tmp_path):
         ),
         ({"kwargs": {"snapshotss": "0"}}, "trainer.loss.kwargs: Value error, unknown key 'snapshotss'"),
         ({"weight_broadcast": {"type": "nccl"}}, "max_steps = 2, which a nccl broadcast leaves out; add [ckpt]"),
-        ({"model": {"name": str(POLICY), "lora": {}}}, "trainer.model.lora trains adapters"),
+        (
+            {"model": {"name": str(POLICY), "lora": {"modules_to_save": ["embed_tokens"]}}},
+            "trains whole modules beside the adapter",
+        ),
     ],
 )
 def test_mistakes_end_the_trainer_before_its_first_broadcast(checkout, tmp_path, config, reason):
@@ -743,3 +864,113 @@ def test_mistakes_end_the_trainer_before_its_first_broadcast(checkout, tmp_path,
     assert run.codes == [1]
     assert reason in run.output[0]
     assert not (tmp_path / "run").exists()
+
+
+PEFT = """
+import json, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+record = torch.load(out, weights_only=True)
+with torch.no_grad():
+    bare = model(input_ids=record["ids"]).logits
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    found = model(input_ids=record["ids"]).logits
+    merged = model.merge_and_unload()(input_ids=record["ids"]).logits
+difference = lambda logits: (logits - record["logits"]).abs().max().item()
+print(json.dumps({"bare": difference(bare), "adapter": difference(found), "merged": difference(merged)}))
+"""
+
+
+@pytest.mark.prime_rl
+@pytest.mark.parametrize(("ranks", "alpha"), [(1, 8.0), (2, 7.0)])
+def test_adapter_snapshots_load_in_peft_and_give_the_trainers_logits(checkout, tmp_path, ranks, alpha):
+    """prime-rl's LoRA layers, state and broadcast, after an update; 7 / 6 is no bfloat16 number."""
+    if python_of(checkout) == sys.executable:
+        pytest.skip("PEFT and prime-rl's LoRA layers are in the environment of scripts/setup_prime_rl.sh")
+    rank = 4 if alpha == 8.0 else 6
+    lora = {"rank": rank, "alpha": alpha, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    loss = {
+        "type": "custom",
+        "import_path": "rlvr_landscape_plugin.prime_rl.loss.policy_loss",
+        "kwargs": {"snapshots": "0-1"},
+    }
+    config = {"model": {"name": str(POLICY), "lora": lora}, "output_dir": str(tmp_path / "run"), "max_steps": 1}
+    (tmp_path / "trainer.json").write_text(json.dumps(config | {"loss": loss}))
+    records = tmp_path / "logits.pt"
+    command = [python_of(checkout), "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-port", str(free_port()), str(ROOT / "tests" / "helpers" / "prime_rl_lora_driver.py")]
+    env = environment(checkout, PRIME_RL_ON_CPU="1", RECORDS=str(records), PRL_RUN_ID="run-1")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "helpers" / "prime_rl_cpu"), env["PYTHONPATH"]])
+    command += ["@", str(tmp_path / "trainer.json")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    adapters = tmp_path / "run" / "adapters"
+    assert names(adapters) == ["step_000000", "step_000001"], done.stdout
+    adapter = adapters / "step_000001"
+    assert names(adapter) == ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+    check_adapter(adapter)
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    assert (manifest["step"], manifest["run"], manifest["objective"]["name"]) == (1, "run-1", "grpo")
+    for file, facts in manifest["files"].items():
+        assert file_sha256(adapter / file) == facts["sha256"]
+    loaded = subprocess.run(
+        [python_of(checkout), "-c", PEFT, str(POLICY), str(adapter), str(records)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    differences = json.loads(loaded.stdout.splitlines()[-1])
+    print(differences)
+    assert differences["bare"] > 0.05  # the adapter does something
+    assert differences["adapter"] < 1e-4
+    assert differences["merged"] < 1e-4
+
+
+PROPOSAL = ROOT / "docs" / "upstream" / "prime-rl-snapshot-hook.md"
+
+
+@pytest.mark.prime_rl
+def test_the_proposed_patch_applies_and_the_hook_uses_it(checkout, tmp_path):
+    """prime-rl's real trainer loop with the patch of the proposal, on its own fake batches, without a broadcast."""
+    if python_of(checkout) == sys.executable:
+        pytest.skip("prime-rl's trainer runs in the environment of scripts/setup_prime_rl.sh")
+    patched = tmp_path / "prime-rl"
+    shutil.copytree(checkout / "src", patched / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    diff = PROPOSAL.read_text().split("```diff\n")[1].split("```")[0]
+    applied = subprocess.run(["git", "apply", "-"], input=diff, cwd=patched, capture_output=True, text=True)
+    assert applied.returncode == 0, applied.stderr
+    loss = {
+        "type": "custom",
+        "import_path": "rlvr_landscape_plugin.prime_rl.loss.policy_loss",
+        "kwargs": {"snapshots": "0-2"},
+    }
+    config = {
+        "model": {"name": str(POLICY), "seq_len": 128, "compile": None, "ac": None, "ac_offloading": None},
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "data": {"fake": {"batch_size": 2}},
+        "optim": {"lr": 1e-3},
+        "loss": loss,
+    }
+    (tmp_path / "trainer.json").write_text(json.dumps(config))
+    env = environment(checkout, PRIME_RL_ON_CPU="1")
+    shims = str(ROOT / "tests" / "helpers" / "prime_rl_cpu")
+    env["PYTHONPATH"] = os.pathsep.join([shims, str(patched / "src"), env["PYTHONPATH"]])
+    command = [python_of(checkout), "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    command += ["--master-port", str(free_port()), "-m", "prime_rl.trainer.rl.train"]
+    command += ["@", str(tmp_path / "trainer.json")]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    root = tmp_path / "run" / "snapshots"
+    assert names(root) == ["step_000000", "step_000001", "step_000002"], done.stdout
+    found = [open_snapshot(root / name) for name in names(root)]
+    for snapshot in found:
+        snapshot.verify()
+    norms = [snapshot.read("model.norm.weight") for snapshot in found]
+    assert (norms[0] == bfloat16(open_snapshot(POLICY).read("model.norm.weight"))).all()
+    assert not (norms[1] == norms[2]).all()

@@ -23,9 +23,10 @@ from markupsafe import Markup
 
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.report.evidence import evidence_recipes
+from rlvr_landscape_analysis.report.files import WRITERS, write_tables, write_whole
 from rlvr_landscape_analysis.report.pictures import Pictures, landscape_name
 from rlvr_landscape_analysis.report.recipes import recipes
-from rlvr_landscape_analysis.report.table import NOT_DEFINED, WRITERS, Table, write_tables, write_whole
+from rlvr_landscape_analysis.report.table import NOT_DEFINED, Table
 from rlvr_landscape_analysis.report.tables import COLUMN_TERMS, all_tables
 from rlvr_landscape_analysis.results import UNDECIDED, VERDICTS, Claim, RunAnalysis
 from rlvr_landscape_analysis.schema import PROMPTS_SHA256, SYNTHETIC, VERIFIER, landscape_file, paid_by

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from rlvr_landscape_analysis import figures as drawing
 from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.report.files import write_whole
 from rlvr_landscape_analysis.report.recipes import Key, Recipe
-from rlvr_landscape_analysis.report.table import write_whole
 from rlvr_landscape_analysis.results import RunAnalysis
 from rlvr_landscape_analysis.schema import GRID, landscape_file
 

@@ -1,4 +1,4 @@
-"""A table and its writers: CSV, Markdown and LaTeX.
+"""A table, and how CSV and Markdown write it (LaTeX: latex.py).
 
 A table is rows of labels (snapshot, pair, …) and of values with an interval. A value that is missing is written as "not
 defined" with its reason, in every format: the reason is a column of the CSV and a footnote elsewhere, so that no reader
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +19,6 @@ NOT_DEFINED = "not defined"
 NO_REASON = "the analysis gives no reason"
 CSV_COLUMNS = ("quantity", "estimate", "low", "high", "reason")
 """What follows a row's labels in a CSV: one line per value."""
-SUFFIXES = (".csv", ".md", ".tex")
 
 
 @dataclass(frozen=True)
@@ -209,108 +206,6 @@ def to_markdown(table: Table) -> str:
         lines.append("")
         lines += [f"[^{table.name}-{i}]: {escape_markdown(text)}" for i, text in enumerate(footnotes, 1)]
     return "\n".join(lines) + "\n"
-
-
-def to_latex(table: Table) -> str:
-    """A `table` environment with booktabs rules, no wider than the text; footnotes below it.
-
-    Needs the packages booktabs and graphicx, and a UTF-8 engine or inputenc (characters beyond ASCII are written as
-    commands where LaTeX has one).
-    """
-    body, footnotes = table.layout()
-    keys = {label.key for label in table.labels}
-    spec = "".join(
-        "p{0.34\\textwidth}" if column.wide else "l" if column.key in keys else "r" for column in table.shown
-    )
-    lines = ["% needs \\usepackage{booktabs,graphicx}", "\\begin{table}", "\\centering"]
-    lines += [f"\\caption{{{escape_latex(table.title)}}}", f"\\label{{tab:{table.name.replace('_', '-')}}}"]
-    lines += ["\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%"]
-    lines += [f"\\begin{{tabular}}{{{spec}}}", "\\toprule"]
-    lines += [" & ".join(escape_latex(column.title) for column in table.shown) + " \\\\", "\\midrule"]
-    for row in body:
-        cells = [escape_latex(text) + (f"\\textsuperscript{{{mark}}}" if mark else "") for text, mark in row]
-        lines.append(" & ".join(cells) + " \\\\")
-    lines += ["\\bottomrule", "\\end{tabular}}"]
-    below = [escape_latex(table.note)] if table.note else []
-    below += [f"\\textsuperscript{{{i}}} {escape_latex(text)}" for i, text in enumerate(footnotes, 1)]
-    lines += [f"\\par\\smallskip{{\\footnotesize {text}\\par}}" for text in below]
-    lines.append("\\end{table}")
-    return "\n".join(lines) + "\n"
-
-
-WRITERS: dict[str, Callable[[Table], str]] = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
-
-
-def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Write each table as .csv, .md and .tex into `folder`; returns the paths. Files appear whole or not at all."""
-    return [
-        write_whole(folder / f"{table.name}{suffix}", write(table).encode())
-        for table in tables
-        for suffix, write in WRITERS.items()
-    ]
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write under a temporary name in the same directory, then rename; returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-_LATEX = {
-    "\\": "\\textbackslash{}",
-    "{": "\\{",
-    "}": "\\}",
-    "$": "\\$",
-    "&": "\\&",
-    "#": "\\#",
-    "%": "\\%",
-    "_": "\\_",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "\\textless{}",
-    ">": "\\textgreater{}",
-    "|": "\\textbar{}",
-    '"': "''",
-    "`": "\\textasciigrave{}",
-    "[": "{[}",
-    "]": "{]}",
-    "−": "$-$",
-    "×": "$\\times$",
-    "±": "$\\pm$",
-    "≤": "$\\leq$",
-    "≥": "$\\geq$",
-    "½": "$\\frac{1}{2}$",
-    "²": "$^2$",
-    "√": "$\\surd$",
-    "∂": "$\\partial$",
-    "Δ": "$\\Delta$",
-    "α": "$\\alpha$",
-    "β": "$\\beta$",
-    "δ": "$\\delta$",
-    "ε": "$\\varepsilon$",
-    "η": "$\\eta$",
-    "θ": "$\\theta$",
-    "π": "$\\pi$",
-    "ρ": "$\\rho$",
-    "τ": "$\\tau$",
-    "…": "\\ldots{}",
-    "–": "\\textendash{}",
-    "—": "\\textemdash{}",
-    "\n": " ",
-    "\t": " ",
-}
-
-
-def escape_latex(text: str) -> str:
-    """`text` so that LaTeX prints it as it is. Brackets are wrapped: a line break would take them for its argument."""
-    escaped = "".join(_LATEX.get(character, character) for character in text)
-    return re.sub("-(?=-)", "-{}", escaped)
 
 
 def escape_markdown(text: str) -> str:

@@ -13,7 +13,7 @@ import xarray as xr
 
 from rlvr_landscape_analysis.datasets import NEEDED, check_landscape, is_reduced
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.schema import BASE_ROLLOUT, GRID, ROLLOUT, SCHEMA, SOLVED
+from rlvr_landscape_analysis.schema import BASE_ROLLOUT, GRID, METRIC, ROLLOUT, SCHEMA, SOLVED
 
 _AVERAGED = [name for name, one in SCHEMA.items() if one.family in ("rollout", "completion") and name != "status"]
 
@@ -21,16 +21,16 @@ _AVERAGED = [name for name, one in SCHEMA.items() if one.family in ("rollout", "
 def per_prompt(data: xr.Dataset, *, threshold: float = SOLVED) -> xr.Dataset:
     """Reduce rollouts: float64 means per prompt, dims (alpha, beta, prompt); a reduced dataset is returned as it is.
 
-    Averaged over the rollouts that did not fail: every float variable of the schema. Added: `rollouts` (valid rollouts
-    of a prompt at a point), `successes` (of them with reward ≥ `threshold`), `tokens` (prompt; mean completion tokens
-    of the base batch, the denominator of J unless the dataset has `surrogate_weight`). Lazy arrays stay lazy.
-    Attributes, coordinates and units are kept.
+    Averaged over the rollouts that did not fail: every float variable of the schema and every metric of the taskset.
+    Added: `rollouts` (valid rollouts of a prompt at a point), `successes` (of them with reward ≥ `threshold`), `tokens`
+    (prompt; mean completion tokens of the base batch, the denominator of J unless the dataset has `surrogate_weight`).
+    Lazy arrays stay lazy. Attributes, coordinates and units are kept.
     """
     if is_reduced(data):
         return data
     check_landscape(data)
     variables: dict[str, xr.DataArray] = {}
-    for name in _AVERAGED:
+    for name in (*_AVERAGED, *(str(name) for name in data.data_vars if str(name).startswith(METRIC))):
         if name not in data:
             continue
         variables[name] = rollout_mean(data[name])

@@ -173,6 +173,23 @@ SCHEMA: dict[str, Variable] = {
 }
 """Every variable of a dataset that is measured."""
 
+METRIC = "metric_"
+"""Beginning of the names of a taskset's own metrics; one of them, `format_failure`, has its name from before."""
+
+
+def metric_name(metric: str) -> str:
+    """The variable that holds a metric of the taskset: its name, with `_` for what is no letter or digit."""
+    return metric if metric == "format_failure" else METRIC + re.sub(r"\W+", "_", metric)
+
+
+def variable_of(name: str) -> Variable | None:
+    """What a variable of that name is: one of `SCHEMA`, or a metric of the taskset; None for any other."""
+    if name.startswith(METRIC):
+        long_name = f"metric {name.removeprefix(METRIC)!r} of a fresh rollout"
+        return Variable("rollout", "f4", "1", long_name, "missing where the rollout failed or had none", required=False)
+    return SCHEMA.get(name)
+
+
 DISPLACEMENT_NORM = Variable("base", "f8", "1", "norm of the checkpoint's displacement from snapshot 0, ‖θ_t − θ_0‖")
 """A scalar: it has no dimension."""
 DISPLACEMENT_RADIUS = Variable(

@@ -34,6 +34,9 @@ class EnvConfig(StrictConfig):
     default: `rollouts`."""
     max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight per server."""
+    runtime: Literal["subprocess"] | None = None
+    """Where a task's setup() and the rewards that need a runtime run. `subprocess`: on this machine, as this user and
+    without isolation, including whatever the taskset does with a reply. Default: such tasksets are refused."""
 
     @property
     def own_rollouts(self) -> int:
@@ -254,6 +257,8 @@ class SweepConfig(StrictConfig):
                 del data["slice"][key]
         if self.grid.find is None:
             del data["grid"]["find"]
+        if data["env"]["runtime"] is None:
+            del data["env"]["runtime"]
         # The usual objective is named as before there were others.
         if data["surrogate"]["objective"] == "grpo":
             del data["surrogate"]["objective"]

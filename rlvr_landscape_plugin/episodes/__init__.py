@@ -1,6 +1,6 @@
 """Playing a task with the policy on a server: from a taskset of verifiers to a rollout."""
 
-from rlvr_landscape_plugin.episodes.chat import ChatFormat, check_same_chat
+from rlvr_landscape_plugin.episodes.chat import ChatFormat, check_chat, check_same_chat
 from rlvr_landscape_plugin.episodes.play import EpisodeRunner
 from rlvr_landscape_plugin.episodes.rollouts import ERROR, OK, TRUNCATED, Failures, Rollout, Segment, sampling_seed
 from rlvr_landscape_plugin.episodes.tasksets import load_tasks, open_environment, prompts_hash
@@ -14,6 +14,7 @@ __all__ = [
     "Rollout",
     "Segment",
     "TRUNCATED",
+    "check_chat",
     "check_same_chat",
     "load_tasks",
     "open_environment",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rlvr_landscape_plugin.errors import SnapshotError
 
 if TYPE_CHECKING:
+    import verifiers.v1 as vf
     from transformers import PreTrainedTokenizerBase
 
     from rlvr_landscape_plugin.serving.client import Completion
@@ -128,6 +129,29 @@ def _vocabulary_size(policy: Path) -> int | None:
         return None  # a snapshot is checked elsewhere
     size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return size if isinstance(size, int) else None
+
+
+def check_chat(policies: Sequence[Path], tasks: Sequence[vf.Task]) -> None:
+    """Raise `SnapshotError` for what would end a sweep later: before a server is started.
+
+    The first policy has a whole tokenizer and a chat template that renders the prompt of every task, and the others
+    tokenize and render alike.
+    """
+    chat = ChatFormat(policies[0])
+    for conversation in map(first_messages, tasks):
+        if conversation is not None:
+            chat.opening(conversation)
+    check_same_chat(policies)
+
+
+def first_messages(task: vf.Task) -> str | None:
+    """The conversation that a task brings, as `ChatFormat.opening` takes it; None where the environment opens it."""
+    if task.data.prompt is None:
+        return None
+    system = [] if task.data.system_prompt is None else [{"role": "system", "content": task.data.system_prompt}]
+    prompt = task.data.prompt
+    said = [("user", prompt)] if isinstance(prompt, str) else [(message.role, message.content) for message in prompt]
+    return json.dumps([*system, *({"role": role, "content": content} for role, content in said)])
 
 
 def check_same_chat(policies: Sequence[Path]) -> None:

@@ -20,6 +20,7 @@ from rlvr_landscape_analysis.schema import (
     ROLLOUT,
     SCHEMA,
     Variable,
+    variable_of,
 )
 
 from rlvr_landscape_plugin.errors import StoreError
@@ -135,16 +136,17 @@ class _Writer:
                     if variable.required:
                         raise StoreError(f"{journal.root}: measured files have no variable {name!r}; another version?")
                     continue
-                variables[name] = self._create(file, name, self._annotated(name))
+                variables[name] = self._create(file, name, self._annotated(name, variable))
                 if not variable.of_point:
                     variables[name][:] = source[name].values
             for at, place in zip(np.ndindex(subset.shape), places, strict=True) if places else ():
                 point = journal.read_point(place, subset.prompts)
-                for name, variable in SCHEMA.items():
-                    # Where points were written by different versions, an optional variable is missing at some of them.
-                    if variable.of_point and name in point:
+                for name in map(str, point.data_vars):
+                    variable = variable_of(name)
+                    # Points written by different versions, or metrics that only some rollouts have: missing at others.
+                    if variable is not None and variable.of_point:
                         if name not in variables:
-                            variables[name] = self._create(file, name, self._annotated(name))
+                            variables[name] = self._create(file, name, self._annotated(name, variable))
                         variables[name][at] = point[name].values
             norm = replace(DISPLACEMENT_NORM, comment=notes.displacement_comment)
             self._create(file, "displacement_norm", norm, ())[...] = notes.displacement_norm
@@ -162,8 +164,8 @@ class _Writer:
                 }
             )
 
-    def _annotated(self, name: str) -> Variable:
-        variable, notes = SCHEMA[name], self._notes
+    def _annotated(self, name: str, variable: Variable) -> Variable:
+        notes = self._notes
         long_name = notes.long_names.get(name, variable.long_name)
         return replace(variable, long_name=long_name, comment=notes.comments.get(name, variable.comment))
 

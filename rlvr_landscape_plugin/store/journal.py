@@ -32,6 +32,7 @@ from rlvr_landscape_analysis.schema import (
     RECHECK_FILE,
     ROLLOUT,
     SCHEMA,
+    variable_of,
 )
 
 from rlvr_landscape_plugin.errors import StoreError
@@ -221,7 +222,7 @@ class Journal:
         """
         if not self.frame.holds(place):
             raise StoreError(f"point {place} is outside the {' × '.join(map(str, self.frame.shape)) or 'no'} points")
-        if unknown := sorted(str(name) for name in point.data_vars if name not in SCHEMA):
+        if unknown := sorted(str(name) for name in point.data_vars if variable_of(str(name)) is None):
             raise StoreError(f"point {place} has variables that the schema does not know: {', '.join(unknown)}")
         if problem := _wrong_point(point):
             raise StoreError(f"point {place}: {problem}")
@@ -342,7 +343,8 @@ def _contents(path: Path) -> xr.Dataset:
 def _wrong_point(data: xr.Dataset) -> str:
     """What in a point breaks `SCHEMA`; empty if nothing does."""
     base_rollout = BASE_ROLLOUT if BASE_ROLLOUT in data.dims else ROLLOUT
-    expected = {name: v.dims((), base_rollout) for name, v in SCHEMA.items() if v.of_point}
+    measured = {**SCHEMA, **{str(name): variable_of(str(name)) for name in data.data_vars}}
+    expected = {name: v.dims((), base_rollout) for name, v in measured.items() if v is not None and v.of_point}
     return _wrong_dims(data, expected, ROLLOUT) or _lost_rewards(data, "")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
-from rlvr_landscape_analysis.schema import BASE_ROLLOUT, PROMPT, ROLLOUT
+from rlvr_landscape_analysis.schema import BASE_ROLLOUT, PROMPT, ROLLOUT, metric_name
 
 from rlvr_landscape_plugin.config import SurrogateConfig
 from rlvr_landscape_plugin.episodes import ERROR, TRUNCATED, EpisodeRunner, Failures, Rollout, Segment, sampling_seed
@@ -308,13 +308,26 @@ class PointMeter:
             "completion_tokens": fresh(lambda cell: cell.completion_tokens, np.int32),
             "entropy": fresh(_mean_surprisal, np.float64),
         }
-        if any(cell.format_failure is not None for row in batch for cell in row):
-            # A rollout that failed has no metric, the others keep theirs.
-            missing = float("nan")
-            data["format_failure"] = fresh(
-                lambda cell: missing if cell.format_failure is None else cell.format_failure, np.float64
+        return xr.Dataset(data | _metrics(batch))
+
+
+def _metrics(batch: Sequence[Sequence[Rollout]]) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
+    """Every metric that a rollout of the batch recorded, as a variable; NaN for a rollout without it.
+
+    Raises `TasksetError` for two metrics whose variables would have one name.
+    """
+    found: dict[str, str] = {}
+    for metric in sorted({metric for row in batch for cell in row for metric in cell.metrics}):
+        if (other := found.setdefault(metric_name(metric), metric)) != metric:
+            raise TasksetError(
+                f"the taskset's metrics {other!r} and {metric!r} would both be the variable {metric_name(metric)!r}; "
+                "rename one of them"
             )
-        return xr.Dataset(data)
+    missing = float("nan")
+    return {
+        name: (DIMS, np.array([[cell.metrics.get(metric, missing) for cell in row] for row in batch], np.float64))
+        for name, metric in found.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,12 @@ REFUSALS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT
 
 async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     """Measure everything that `config` asks for and is not measured yet; returns the datasets' paths."""
-    from rlvr_landscape_plugin.episodes import check_same_chat, load_tasks, open_environment
+    from rlvr_landscape_plugin.episodes import check_chat, load_tasks, open_environment
 
     snapshots = open_snapshots(config)
-    check_same_chat([snapshot.path for snapshot in snapshots])
     env = open_environment(config.env.id, dict(config.env.taskset))
-    tasks = load_tasks(env, config.env.num_prompts)
+    tasks = load_tasks(env, config.env.num_prompts, runtime=config.env.runtime is not None)
+    check_chat([snapshot.path for snapshot in snapshots], tasks)
     async with Fleet(config, snapshots, display) as fleet:
         return await Sweep(config, snapshots, env, tasks, fleet, display).run()
 
@@ -121,6 +121,7 @@ class Sweep:
             int(server.facts["max_model_len"]),
             config.env.max_concurrent,
             keep_traces=config.save_traces,
+            runtime=config.env.runtime is not None,
         )
         env, client = config.env, server.client
         return PointMeter(client, runner, self.tasks, env.rollouts, config.seed, config.surrogate, env.base_rollouts)

@@ -18,6 +18,7 @@ from rlvr_landscape_plugin.episodes import (
     EpisodeRunner,
     Failures,
     Rollout,
+    check_chat,
     check_same_chat,
     load_tasks,
     open_environment,
@@ -383,3 +384,27 @@ async def test_a_task_without_needs_starts_no_runtime(chat, monkeypatch):
     env = open_environment("faulty-quiz", {})
     (task,) = load_tasks(env, 1, runtime=True)
     assert (await runner(env, chat, Says(chat), runtime=True).episode(task, lambda turn: 0)).status == OK
+
+
+def test_what_a_template_cannot_render_is_found_before_any_server(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    policy = policy_with(tmp_path / "policy", chat_template_dot_jinja=template)
+    check_chat([policy], load_tasks(open_environment("tiny-quiz", {}), 4))
+    with pytest.raises(SnapshotError, match="the roles system, user: TemplateError: no system role"):
+        check_chat([policy], load_tasks(open_environment("tiny-quiz", {"system": "Be brief."}), 4))
+    with pytest.raises(SnapshotError, match="no tokenizer with a vocabulary"):
+        check_chat([policy_with(tmp_path / "bare", tokenizer_dot_json=None)], [])
+
+
+async def test_the_prompt_that_is_checked_is_the_one_that_is_asked(chat):
+    from rlvr_landscape_plugin.episodes.chat import first_messages
+
+    for env_id, options in (("tiny-quiz", {"system": "Be brief."}), ("faulty-quiz", {})):
+        env = open_environment(env_id, options)
+        (task,) = load_tasks(env, 1)
+        server = Says(chat)
+        await runner(env, chat, server).episode(task, lambda turn: 0)
+        assert server.asked == [chat.tokenizer.decode(chat.opening(first_messages(task)))]

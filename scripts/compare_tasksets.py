@@ -157,7 +157,8 @@ async def compare(env_id: str, options: dict[str, object], count: int, rollouts:
     rewards = np.array([rollout.reward for rollout in ours])
     verdict = f"equal in {len(ours)} of {len(ours)}" if not different else f"**{len(different)} of {len(ours)} differ**"
     spread = f"rewards {rewards.min():g} to {rewards.max():g}, mean {rewards.mean():.3f}"
-    return f"| `{env_id}` | {path} | {rate:,.0f} | {verdict} ({spread}) |"
+    speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+    return f"| `{env_id}` | {path} | {speed} | {verdict} ({spread}) |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

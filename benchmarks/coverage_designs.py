@@ -1,7 +1,7 @@
 """How often the intervals of a census, a path and a boundary cover the truth, on synthetic ones whose truth is known.
 
-Called as `python benchmarks/coverage.py --design census|path|boundary`. Every dataset has its own directions *and* its
-own prompts, so an interval that forgets either fails here. Settings are the shipped ones.
+Called as `python benchmarks/coverage.py --design census|path|boundary|claims`. Every dataset has its own directions
+*and* its own prompts, so an interval that forgets either fails here. Settings are the shipped ones.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from functools import lru_cache
 import numpy as np
 from rlvr_landscape_analysis import synthetic_designs
 from rlvr_landscape_analysis.designs import census_points
+from rlvr_landscape_analysis.evidence import RunEvidence
+from rlvr_landscape_analysis.results import NOT_SUPPORTED, SUPPORTED
 from rlvr_landscape_analysis.statistics.boundary import boundary, boundary_change
 from rlvr_landscape_analysis.statistics.census import census, expected_largest, pair_moments, pooled_correlation
+from rlvr_landscape_analysis.statistics.claims import claim_t1, claim_t2
 from rlvr_landscape_analysis.statistics.path import path
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
@@ -42,7 +45,7 @@ BOUNDARY_SETTINGS = {"64 × 256": (64, 256), "32 × 64": (32, 64)}
 BOUNDARY_COLUMNS = ("pass@1", "pass@16", "pass@n", "Δpass@1", "Δpass@16", "D at 16", "D at n", "Cover@0.1", "Cover@0.5")
 
 
-def covers(interval: Sequence[float], truth: float) -> float:
+def covers(interval: Sequence[float] | np.ndarray, truth: float) -> float:
     """1 or 0; a missing interval is not counted."""
     return np.nan if not np.isfinite(truth) or np.isnan(interval).any() else float(interval[0] <= truth <= interval[1])
 
@@ -135,10 +138,39 @@ def one_boundary(setting: str, truth_name: str, seed: int) -> list[list[float]]:
     return [[covers(i, t) for i, t in zip(intervals, _true_boundary(rollouts, discovery), strict=True)]]
 
 
+CLAIM_TRUTHS = {
+    # (correlation at step 0, later; spread of ΔR over directions). 0.08 is 6 × the variance that prompts leave.
+    "no correlation, directions as seven real slices": (0.0, 0.0, 0.08),
+    "no correlation, hardly any spread": (0.0, 0.0, 0.01),
+    "untrained policy with a correlation": (-0.5, -0.5, 0.08),
+    "training makes a correlation of −0.6": (0.0, -0.6, 0.08),
+}
+CLAIM_COLUMNS = ("T1 supported", "T1 not supported", "T2 supported", "T2 not supported")
+RELATIVE = 0.01
+"""Displacement of the synthetic run by ‖θ‖: the radii of step 0 are those of the later steps."""
+
+
+def one_claim(setting: str, truth_name: str, seed: int) -> list[list[float]]:
+    """One row: whether T1 and T2 were supported or not, of a run with steps 0, 10 and 40, radii 0.4 to 3."""
+    start, later, spread = CLAIM_TRUTHS[truth_name]
+    options = {name: value for name, value in SETTINGS[setting].items() if name != "radii"}
+    radii = (0.4, 0.8, 1.6, 3.0) if len(SETTINGS[setting]["radii"]) == 4 else (0.75, 1.5, 3.0)
+    run = RunEvidence("run")
+    for step, correlation in ((0, start), (10, later), (40, later)):
+        truth = CensusTruth(correlation=correlation, spread=spread)
+        unit, own = ("theta", tuple(RELATIVE * r for r in radii)) if step == 0 else ("displacement", radii)
+        run.censuses[step] = synthetic_designs.census(truth, radii=own, unit=unit, step=step, seed=seed, **options)
+    row = []
+    for claim in (claim_t1([run], [], Bootstrap()), claim_t2([run], Bootstrap())):
+        row += [float(claim.verdict == SUPPORTED), float(claim.verdict == NOT_SUPPORTED)]
+    return [row]
+
+
 DESIGNS: dict[str, tuple[Callable, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "census": (one_census, tuple(SETTINGS), tuple(CENSUS_TRUTHS), (*CENSUS_COLUMNS, "reliability of ΔR")),
     "path": (one_path, tuple(SETTINGS), tuple(PATH_TRUTHS), PATH_COLUMNS),
     "boundary": (one_boundary, tuple(BOUNDARY_SETTINGS), ("sharpening", "discovery"), BOUNDARY_COLUMNS),
+    "claims": (one_claim, tuple(SETTINGS), tuple(CLAIM_TRUTHS), CLAIM_COLUMNS),
 }
 
 
@@ -158,7 +190,7 @@ def row_names(design: str, setting: str) -> list[str]:
 def table(design: str, datasets: int, pool: ProcessPoolExecutor | None = None) -> dict:
     """Print the table of one design; returns its numbers for the JSON line."""
     _, settings, truths, columns = DESIGNS[design]
-    place = {"census": "radius", "path": "position", "boundary": ""}[design]
+    place = {"census": "radius", "path": "position", "boundary": "", "claims": ""}[design]
     print(f"| truth | settings | {place} | " + " | ".join(columns) + " |")
     print("|" + "---|" * (3 + len(columns)), flush=True)
     lows: dict[str, list[float]] = {column: [] for column in columns}

@@ -141,9 +141,9 @@ def census_points(
     """Censuses of one run as arrays, on the prompts (and, if paired, the directions) that all of them have.
 
     A direction with more than half of its values missing at some point is left out, then a prompt that is missing at
-    any remaining point. Directions are the same where the datasets' `directions_fingerprint` agrees (fresh ones: at the
-    same step); datasets without it are distinguished by `run`. Raises `AnalysisError` where nothing is left or the
-    datasets do not belong together.
+    any remaining point. Directions are the same where their seeds are (`direction_seed`, `direction_axis`); datasets
+    without seeds are distinguished by `run` and, unless they are paired, by step. Raises `AnalysisError` where nothing
+    is left or the datasets do not belong together.
     """
     datasets = list(censuses)
     labels = list(names) or [f"census of step {int(data['step'])}" for data in datasets]
@@ -198,18 +198,20 @@ def census_points(
                 length=np.where(np.isfinite(relative), relative, nominal),
                 values={name: np.ascontiguousarray(own[:, pairs][..., prompts]) for name, own in arrays.items()},
                 base=base[prompts],
-                directions_key=(
-                    "directions",
-                    str(data.attrs.get("directions_fingerprint", run)),
-                    "paired" if paired else step,
-                    pairs.tobytes(),
-                ),
+                directions_key=_directions_key(data, pairs, (run, "paired" if paired else step)),
                 prompts_key=prompts_key,
                 all_directions=len(pairs),
                 all_prompts=len(prompts),
             )
         )
     return found
+
+
+def _directions_key(data: xr.Dataset, pairs: np.ndarray, otherwise: tuple) -> tuple:
+    seeds = [data[name].values[pairs] for name in ("direction_seed", "direction_axis") if name in data]
+    if not seeds:
+        return ("directions", *otherwise, pairs.tobytes())
+    return ("directions", *(tuple(own.tolist()) for own in seeds))
 
 
 def _point_values(data: xr.Dataset, name: str, pairs: np.ndarray) -> np.ndarray:

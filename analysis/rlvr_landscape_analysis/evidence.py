@@ -63,23 +63,31 @@ class RunEvidence:
         return bool(self.censuses or self.paths or self.boundaries)
 
 
-def open_evidence(path: str | Path, *, steps: set[int] | None = None, name: str = "") -> RunEvidence:
-    """The finished censuses, paths and boundaries in a directory, in memory; empty where there is none.
+def open_evidence(*paths: str | Path, steps: set[int] | None = None, name: str = "") -> RunEvidence:
+    """The finished censuses, paths and boundaries of one run, in memory; empty where there is none.
 
-    `steps` restricts the snapshots. Raises `AnalysisError` naming a file that is not what its name says.
+    `paths`: output directories of sweeps, one or several (a census, a path and a boundary are sweeps of their own).
+    `steps` restricts the snapshots. Raises `AnalysisError` naming a file that is not what its name says, or two
+    directories that hold the same design of the same step.
     """
-    root = Path(path)
-    if not root.is_dir():
-        raise AnalysisError(f"{root} is not a directory; give the output directory of a sweep")
-    run = RunEvidence(name or root.name)
-    for design, group in (("census", run.censuses), ("path", run.paths), ("boundary", run.boundaries)):
-        for step, file in list_designs(root)[design].items():
-            if steps is not None and step not in steps:
-                continue
-            with open_design(file, design) as data:
-                if int(data["step"]) != step:
-                    raise AnalysisError(f"{file}: it was measured at step {int(data['step'])}, its name says {step}")
-                group[step] = data.load()
+    run = RunEvidence(name or (Path(paths[0]).name if paths else ""))
+    groups = {"census": run.censuses, "path": run.paths, "boundary": run.boundaries}
+    seen: dict[tuple[str, int], Path] = {}
+    for root in map(Path, paths):
+        if not root.is_dir():
+            raise AnalysisError(f"{root} is not a directory; give the output directory of a sweep")
+        for design, files in list_designs(root).items():
+            for step, file in files.items():
+                if steps is not None and step not in steps:
+                    continue
+                if (design, step) in seen:
+                    raise AnalysisError(f"{file} and {seen[design, step]} are both the {design} of step {step}")
+                seen[design, step] = file
+                with open_design(file, design) as data:
+                    if int(data["step"]) != step:
+                        measured = int(data["step"])
+                        raise AnalysisError(f"{file}: it was measured at step {measured}, its name says {step}")
+                    groups[design][step] = data.load()
     return run
 
 

@@ -14,8 +14,10 @@ import rlvr_landscape_analysis as rla
 import xarray as xr
 from rlvr_landscape_analysis import figures
 
-if len(sys.argv) > 1:
-    run = Path(sys.argv[1])
+# In a notebook, the arguments are those of its kernel.
+arguments = [] if "ipykernel" in sys.modules else sys.argv[1:]
+if arguments:
+    run = Path(arguments[0])
 else:
     from rlvr_landscape_analysis import synthetic
 

@@ -282,7 +282,7 @@ def test_a_slice_alone_gives_no_verdict_whatever_its_range(folder, shares, tmp_p
                 crop(data.load(), share).to_netcdf(target / file.name)
         found = rla.analyse_run(target, bootstrap=QUICK)
         verdicts[share] = [claim.verdict for claim in found.claims]
-        assert "follows the range" in found.claims[0].sentence
+        assert "depends on the range" in found.claims[0].sentence
         data = found.ranges[max(found.ranges)]
         widest = max(widest, float(np.ptp(data["plain"].values[np.isfinite(data["plain"].values)])))
     assert list(verdicts.values()) == [[NOT_MEASURABLE] * 3] * 3

@@ -202,7 +202,7 @@ def claim_t1(
     """T1 over the trained snapshots (step ≥ 1) at radii that training reaches, against step 0 or random rewards."""
     censused = [run for run in runs if run.censuses]
     if not censused:
-        return _not_measurable("T1", f"it needs a census, random directions in number. {_published(ranges)}")
+        return _not_measurable("T1", f"it needs a census, which has many random directions. {_published(ranges)}")
     if not any(step >= 1 for run in censused for step in run.points):
         return _not_measurable("T1", "only snapshot 0 was measured, nothing was trained yet", censused)
     chosen = {run.name: _reached(run) for run in censused}
@@ -616,7 +616,7 @@ def _published(ranges: Mapping[tuple[int, int], xr.Dataset] | None) -> str:
     where = f" The slice's nearest policy lies {near:.3g} displacements away." if np.isfinite(near) and near > 1 else ""
     return (
         f"The published number, the plain correlation over a 2-D slice, is {', '.join(known)} at step {key[0]}: it "
-        f"follows the range, and two directions are no sample, so it decides nothing.{where}"
+        f"depends on the range, and two directions are too few, so it decides nothing.{where}"
     )
 
 
@@ -647,7 +647,7 @@ def sampled(claim: Claim) -> str:
         return ""
     words = ["one run" if claim.runs == 1 else f"{claim.runs} runs"]
     if claim.directions:
-        words.append(f"{claim.directions} random directions, each walked both ways")
+        words.append(f"{claim.directions} random directions, each in both senses")
     words.append(f"{claim.prompts} prompts")
     text = ", ".join(words)
     if np.isfinite(claim.nearest):

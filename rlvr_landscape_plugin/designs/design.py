@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlvr_landscape_analysis.schema import design_file, design_name
 
 from rlvr_landscape_plugin.directions import PreparedSlice, Trajectory, prepare_slice
 from rlvr_landscape_plugin.errors import ConfigurationError
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store.frame import Frame, Place
 
@@ -48,11 +49,11 @@ class Design:
     slices: tuple[PreparedSlice, ...]
     points: tuple[Point, ...]
     """In the order of measurement; the points of one slice are consecutive."""
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     """What of it determines the numbers beyond the configuration and the snapshot, JSON-able."""
     label: str
     """What it is called while it is measured."""
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, object] = field(default_factory=dict)
     """Global attributes of its dataset beside those that every dataset has."""
     journal_name: str = ""
     """Directory of its journal; default: by step and kind."""
@@ -87,7 +88,7 @@ class Surroundings:
     """The snapshot, and the run it belongs to."""
     folder: Path
     """Where direction files go."""
-    found: Mapping[str, Any] | None = None
+    found: JsonObject | None = None
     """The range of the grid where probes found one (`sweep.range_search`)."""
 
     @property

@@ -75,7 +75,7 @@ def holds(journal: Journal, out: Path, subset: Subset | None = None) -> bool:
 def consolidate(
     journal: Journal,
     out: Path,
-    attributes: Mapping[str, Any],
+    attributes: Mapping[str, object],
     notes: Annotations | None = None,
     subset: Subset | None = None,
 ) -> Path:
@@ -117,7 +117,7 @@ class _Writer:
         labels = journal.frame.labels
         self._scalars = ["step", *(name for name, label in labels.items() if not label.dims)]
 
-    def write(self, scratch: Path, attributes: Mapping[str, Any]) -> None:
+    def write(self, scratch: Path, attributes: Mapping[str, object]) -> None:
         import netCDF4
 
         journal, subset, notes = self._journal, self._subset, self._notes

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -84,7 +83,7 @@ class Frame:
         return math.prod(self.shape) if self.dimensions else 0
 
     @property
-    def axes(self) -> dict[str, list[Any]]:
+    def axes(self) -> dict[str, list[object]]:
         """Dimension → its coordinate, JSON-able."""
         return {dimension.name: dimension.values.tolist() for dimension in self.dimensions}
 

@@ -18,7 +18,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -37,6 +36,7 @@ from rlvr_landscape_analysis.schema import (
 
 from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import (
+    JsonObject,
     digest,
     move_aside,
     publish,
@@ -51,7 +51,7 @@ from rlvr_landscape_plugin.store.frame import Frame, Place, Subset
 class Journal:
     """One directory: one snapshot and the points of one frame around it."""
 
-    def __init__(self, root: Path, frame: Frame, identity: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, frame: Frame, identity: JsonObject) -> None:
         """Open or create. Raises `StoreError` naming the differing keys if `root` holds something else."""
         self.root = Path(root)
         self.frame, self.identity = frame, dict(identity)
@@ -204,12 +204,12 @@ class Journal:
         move_aside(path, reason)
         return None
 
-    def write_facts(self, name: str, facts: list[dict[str, Any]]) -> None:
+    def write_facts(self, name: str, facts: list[JsonObject]) -> None:
         """Write down, as JSON file `name`, what the servers of this process reported about themselves."""
         content = {"servers": facts, "sha256": digest(facts)}
         replace_text(self.root / name, [json.dumps(content, indent=1, sort_keys=True)])
 
-    def read_facts(self, name: str) -> list[dict[str, Any]] | None:
+    def read_facts(self, name: str) -> list[JsonObject] | None:
         """What `write_facts` wrote, or None. A damaged file is moved aside."""
         content = read_checked_json(self.root / name, "servers")
         return None if content is None else content["servers"]
@@ -286,7 +286,7 @@ def _joined(portions: Sequence[xr.Dataset]) -> xr.Dataset:
     return whole
 
 
-def keep_record(path: Path, identity: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+def keep_record(path: Path, identity: Mapping[str, object], record: JsonObject) -> JsonObject:
     """Keep a result that several slices share; returns what is kept: another process's if that was first."""
     content = {"record": record, "sha256": digest(record), "identity": digest(identity)}
     publish(path, lambda scratch: scratch.write_text(json.dumps(content, indent=1, sort_keys=True)))
@@ -296,7 +296,7 @@ def keep_record(path: Path, identity: Mapping[str, Any], record: dict[str, Any])
     return kept
 
 
-def read_record(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_record(path: Path, identity: Mapping[str, object]) -> JsonObject | None:
     """What `keep_record` kept, or None. A damaged file is moved aside, one of another sweep a `StoreError`."""
     content = read_checked_json(path, "record")
     if content is None:
@@ -389,7 +389,7 @@ def _checksum(data: xr.Dataset) -> str:
     return digest([_content_digest(data), attributes])
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def _differences(old: object, new: object, prefix: str = "") -> list[tuple[str, object, object]]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [d for key in sorted({*old, *new}) for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}")]
     return [] if old == new else [(prefix.lstrip("."), old, new)]

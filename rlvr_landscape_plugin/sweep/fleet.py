@@ -7,11 +7,12 @@ import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER
 
 from rlvr_landscape_plugin.errors import ServerError, ServerUnreachableError
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.sweep.pool import Pool
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Server:
     """A server in use: its client, and what it reported about itself."""
 
     client: LandscapeClient
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
     """Empty until it first answered."""
     log: Path | None = None
     present: bool = False
@@ -39,7 +40,7 @@ class Server:
     """Points of the present plan that it measured."""
 
 
-def facts_to_keep(facts: dict[str, Any]) -> dict[str, Any]:
+def facts_to_keep(facts: JsonObject) -> JsonObject:
     """The facts about a server that a dataset keeps: not the present coordinates of its weights, nor the paths of its
     files."""
     kept = {key: value for key, value in facts.items() if key not in ("at", "loaded", "state", "version")}
@@ -57,8 +58,8 @@ class Fleet:
     async def __aenter__(self) -> Fleet:
         return self
 
-    async def __aexit__(self, *exc: Any) -> None:
-        await self._stack.__aexit__(*exc)
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
 
     async def pool(self, first: Snapshot) -> Pool[Server]:
         """The servers; one that is started here starts with the snapshot `first`."""

@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.designs import DESIGNS, Design, Point, Surroundings, find_designer
 from rlvr_landscape_plugin.directions import GENERATOR, Displacement
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store import Journal, Place, Subset, holds
 from rlvr_landscape_plugin.sweep.progressive import Refinement, check_progressive
@@ -41,7 +42,7 @@ class Plan:
     """(i, n): this process measures the i-th of n shares of the points."""
     tasks: int
     """Tasks of the whole prompt set."""
-    range_found: Mapping[str, Any] | None = None
+    range_found: Mapping[str, object] | None = None
     """How the range was found, if by probes."""
     refinement: Refinement | None = None
     """State of its progressive sweep; None: it is not progressive, everything is measured."""
@@ -135,7 +136,7 @@ def _plan(config: SweepConfig, around: Surroundings, design: Design, prompts: st
     return Plan(design, journal, dataset, far, reward_mode, config.share, total, around.found, refinement)
 
 
-def snapshot_identity(config: SweepConfig, snapshot: Snapshot, prompts: str) -> dict[str, Any]:
+def snapshot_identity(config: SweepConfig, snapshot: Snapshot, prompts: str) -> JsonObject:
     """What determines the numbers around a snapshot, whichever policies are measured."""
     return {
         "configuration": config.provenance(),

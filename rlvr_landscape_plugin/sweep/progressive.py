@@ -7,7 +7,7 @@ a replay of finished datasets uses too. Here it is applied to a journal.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -17,6 +17,7 @@ from rlvr_landscape_analysis.statistics import progressive
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS
 
 from rlvr_landscape_plugin.errors import ConfigurationError, StoreError
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.store import Frame, Journal, Subset
 
 Statistic = Literal["correlation", "beyond_radius"]
@@ -100,7 +101,7 @@ class Refinement:
         """How it ended, in words."""
         return progressive.final_reason(self.looks[-1], self._asked, self._prompts)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonObject:
         """JSON-able: what was asked, every look, and how it ended. Numbers that are not defined are None."""
 
         def number(value: float) -> float | None:

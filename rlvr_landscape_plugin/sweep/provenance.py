@@ -8,8 +8,9 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.store import Annotations
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ PACKAGES = (
 """Packages whose versions a dataset records."""
 
 
-def dataset_attributes(config: SweepConfig, plan: Plan) -> dict[str, Any]:
+def dataset_attributes(config: SweepConfig, plan: Plan) -> JsonObject:
     """Global attributes of a plan's dataset."""
     facts = [server for name in plan.facts for server in plan.journal.read_facts(name) or ()]
     control = {} if plan.reward_mode == VERIFIER else {"reward_mode": plan.reward_mode}

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from rlvr_landscape_plugin.config import FindRangeConfig, GridConfig
 from rlvr_landscape_plugin.errors import TasksetError
+from rlvr_landscape_plugin.files import JsonObject
 
 Coordinates = tuple[float, float]
 SIGNIFICANT = 2.0
@@ -50,7 +50,7 @@ class Probe:
 
 async def find_range(
     grid: GridConfig, settings: FindRangeConfig, probe: Callable[[Sequence[Coordinates]], Awaitable[Sequence[Probe]]]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Probe the origin, then the ends of both axes at factors 1, 2, 4, … or 1, 1/2, … until the target is bracketed.
 
     One more probe half-way (in logarithms), then interpolation. Returns, JSON-able, `factor` (two significant digits),

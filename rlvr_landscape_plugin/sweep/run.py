@@ -26,6 +26,7 @@ from rlvr_landscape_plugin.designs import Surroundings
 from rlvr_landscape_plugin.directions import AXES, Trajectory
 from rlvr_landscape_plugin.display import Display
 from rlvr_landscape_plugin.errors import ConfigurationError, StoreError, run_cli
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
 from rlvr_landscape_plugin.snapshot.architecture import check_architecture
 from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
@@ -134,7 +135,7 @@ class Sweep:
             around = Surroundings(trajectory, around.folder, await self.find_range(around))
         return make_plans(self.config, around, self.prompts, self.reward_mode)
 
-    async def find_range(self, around: Surroundings) -> dict[str, Any]:
+    async def find_range(self, around: Surroundings) -> JsonObject:
         """The range of a snapshot's grids, found before or now, by probes along the first slice."""
         from rlvr_landscape_plugin.sweep.range_search import find_range
 

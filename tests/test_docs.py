@@ -113,6 +113,8 @@ def test_commands_exist(document):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_exist(document):
     """Paths below the repository's own folders, and the names of Python files wherever they lie."""
+    if document.startswith("docs/upstream/"):
+        pytest.skip("it names files of another project")
     folders = {path.split("/")[0] for path in FILES if "/" in path}
     for line in code_of(document):
         for word in re.split(r"[\s'\",;()=\[\]{}]+", line):

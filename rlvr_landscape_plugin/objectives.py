@@ -38,6 +38,9 @@ from rlvr_landscape_plugin.errors import ConfigurationError
 Array: TypeAlias = Any
 """A NumPy array or a torch tensor; all arrays of one call are of one kind and on one device."""
 
+Options: TypeAlias = Mapping[str, Any]
+"""Options of an objective by name; `_RANGES` says which values each may have."""
+
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 FEEDS = MappingProxyType(
     {
@@ -177,7 +180,7 @@ class Batch:
     mask: Array
     entropies: Array | None = None
     reference_logprobs: Array | None = None
-    generator: Any = None
+    generator: np.random.Generator | Array = None
 
     @classmethod
     def of(
@@ -189,7 +192,7 @@ class Batch:
         mask: Array,
         entropies: Array | None = None,
         reference_logprobs: Array | None = None,
-        generator: Any = None,
+        generator: np.random.Generator | Array = None,
     ) -> Batch:
         """Check shapes and values; neutral values (0) replace whatever lies outside the mask.
 
@@ -406,7 +409,7 @@ class Objective:
     source: str
     """Where it is defined: arXiv id and equation."""
     terms: Callable[..., Terms] = field(repr=False)
-    options: Mapping[str, Any] = field(hash=False)
+    options: Options = field(hash=False)
     """Aggregation, regularisation and the terms' own options; `configure` changes them."""
     advantage_scale: str = "std"
     """The `scale` of `group_advantages` in the source."""
@@ -432,7 +435,7 @@ class Objective:
         whole = self.of_batch or self.options.get("normaliser") == "kept"
         return frozenset() if whole else frozenset({"token_mean"})
 
-    def __call__(self, **feeds: Any) -> Array:
+    def __call__(self, **feeds: Array) -> Array:
         """J of a batch, a scalar array to be maximised, differentiable in `logprobs`.
 
         Takes the feeds as `Batch.of` does; those not needed are ignored. Raises ConfigurationError for a missing feed
@@ -451,11 +454,11 @@ class Objective:
             penalty, batch.mask, options["aggregation"], options["constant"]
         )
 
-    def token_terms(self, **feeds: Any) -> Terms:
+    def token_terms(self, **feeds: Array) -> Terms:
         """The terms before aggregation and without the KL penalty: what to log (clip fractions) and to plot."""
         return self.terms(self._batch(feeds), **_own(self.options))
 
-    def per_completion(self, **feeds: Any) -> Completions:
+    def per_completion(self, **feeds: Array) -> Completions:
         """What each completion contributes: J = Σ `value` / Σ `weight` over the batch, exactly.
 
         Takes the feeds as a call does. Raises ConfigurationError for a KL penalty, which counts other tokens than the
@@ -479,7 +482,7 @@ class Objective:
             total / (length if options["aggregation"] == "sequence_mean" else options["constant"]), weight, terms.bound
         )
 
-    def sequence_sum(self, *, weights: Array | None = None, **feeds: Any) -> Array:
+    def sequence_sum(self, *, weights: Array | None = None, **feeds: Array) -> Array:
         """One sequence's share of J · (sampled tokens of all sequences), a scalar array; all arrays are (token,).
 
         For trainers that divide the sum over sequences by the global token count; the loss is the negative. `weights`
@@ -502,7 +505,7 @@ class Objective:
             value = value * xp.astype(kept, value.dtype)
         return xp.sum(value)
 
-    def _batch(self, feeds: Mapping[str, Any]) -> Batch:
+    def _batch(self, feeds: Mapping[str, Array]) -> Batch:
         if unknown := sorted(set(feeds) - set(FEEDS)):
             raise TypeError(f"unknown feeds {', '.join(unknown)}; known: {', '.join(FEEDS)}")
         check_feeds(self, (name for name, value in feeds.items() if value is not None), "this call")
@@ -512,7 +515,7 @@ class Objective:
 _COMMON = {"aggregation": "token_mean", "constant": None, "kl_coefficient": 0.0, "kl_estimator": "k3"}
 
 
-def _own(options: Mapping[str, Any]) -> dict[str, Any]:
+def _own(options: Options) -> Options:
     return {name: value for name, value in options.items() if name not in _COMMON}
 
 
@@ -600,7 +603,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
 """Name → objective with the defaults of its source. `dr_grpo` still needs its `constant`."""
 
 
-def configure(name: str, **options: Any) -> Objective:
+def configure(name: str, **options: object) -> Objective:
     """The objective `name` with some options changed.
 
     Raises ConfigurationError for an unknown name or option, a value out of range, and options that contradict each
@@ -675,7 +678,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check_option(name: str, value: Any) -> None:
+def _check_option(name: str, value: object) -> None:
     fits, expected = _RANGES[name]
     try:
         good = fits(value)

@@ -57,7 +57,7 @@ _Config = TypeVar("_Config", bound=StrictConfig)
 
 
 def load_config(argv: Sequence[str], kind: type[_Config]) -> _Config:
-    """Parse a command line; raises `ConfigurationError` for whatever is wrong in it or in its files."""
+    """Parse a command line; raises `ConfigurationError` naming the option or file that is wrong."""
     try:
         return cli(kind, args=list(argv), description=kind.__doc__)  # pyright: ignore[reportCallIssue]
     except json.JSONDecodeError as error:

@@ -155,6 +155,15 @@ class ServerConfig(StrictConfig):
     log: Path | None = None
     """Log of the local server; default: server.log in `output`."""
 
+    @model_validator(mode="after")
+    def _token_fits_a_header(self) -> ServerConfig:
+        # Of the whole table, because the message about one field would print the token.
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
+            raise ValueError(
+                "token must be visible ASCII characters in one line, without a line end; write it again as one line"
+            )
+        return self
+
 
 class SweepConfig(StrictConfig):
     """A sweep: snapshots × designs, by default a grid on each slice."""

@@ -101,6 +101,14 @@ def test_mistakes_in_training_are_named(argv, message):
         load_config(argv, TrainConfig)
 
 
+@pytest.mark.parametrize("token", ["two\nlines", "end\n", "über", "", " ", "a\tb", "a\x00b"])
+def test_a_token_that_fits_no_header_is_refused_without_being_printed(token):
+    with pytest.raises(ConfigurationError, match="token must be visible ASCII characters in one line") as caught:
+        load_config(["--server.token", token], SweepConfig)
+    assert not token.strip() or token not in str(caught.value)
+    assert load_config(["--server.token", "s3cret-._~+/="], SweepConfig).server.token == "s3cret-._~+/="
+
+
 def test_the_largest_grid_is_made_and_finite():
     axis = AxisConfig(min=-1e6, max=1e6, points=1_000_000)
     values = axis.values()

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from rlvr_landscape_plugin.files import file_sha256
+from rlvr_landscape_plugin.snapshot.manifest import MANIFEST, Manifest
 from rlvr_landscape_plugin.snapshot.snapshot import (
-    MANIFEST,
     SHIPPED,
-    Manifest,
     Snapshot,
     compare_tensors,
     find_snapshots,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -14,6 +12,7 @@ import xarray as xr
 from rlvr_landscape_analysis.datasets import RunFile, check_same_design, check_values, list_run, open_landscape, reading
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence, open_evidence
+from rlvr_landscape_analysis.grids import Grid, common_grids, grid_size
 from rlvr_landscape_analysis.landscape import (
     pass_at_k,
     per_prompt,
@@ -96,7 +95,7 @@ def analyse_run(
         )
     beside = open_evidence(path, steps=None if steps is None else set(steps))
     parts: list[_Part] = []
-    for file, grid in zip(files, _grids(files, designs, notes), strict=True):
+    for file, grid in zip(files, common_grids(files, designs, notes), strict=True):
         if progress:
             progress(f"step {file.step}, slice {file.slice_seed}")
         parts.append(_analyse(file, grid, settings, threshold, level, notes))
@@ -115,68 +114,6 @@ def _design(file: RunFile) -> xr.Dataset:
             {name: data[name].values for name in (*GRID, PROMPT)},
             {name: data.attrs[name] for name in kept if name in data.attrs},
         )
-
-
-Grid = tuple[np.ndarray, np.ndarray]
-
-
-def _grids(files: list[RunFile], designs: list[xr.Dataset], notes: list[str]) -> list[Grid]:
-    """The grid on which each dataset's correlations are computed.
-
-    That of its points, or, of a progressive sweep, the finest known one around them: its full grid where its record has
-    the axes, or that of another progressive dataset of the run. So snapshots are compared on the same grid.
-    """
-    own = [(design["alpha"].values, design["beta"].values) for design in designs]
-    records = [_record(file, design) for file, design in zip(files, designs, strict=True)]
-    known = [grid for grid, record in zip(own, records, strict=True) if record is not None]
-    for full in (record["full"] for record in records if record and "full" in record):
-        if "alpha" in full and "beta" in full:
-            known.append((np.asarray(full["alpha"], float), np.asarray(full["beta"], float)))
-    found = []
-    for file, grid, record in zip(files, own, records, strict=True):
-        around = [] if record is None else [other for other in known if _refines(other, grid)]
-        finest = max(around, key=_size, default=grid)
-        if _size(finest) > _size(grid):
-            outcome = record.get("outcome") if record else None
-            notes.append(
-                f"step {file.step}, slice {file.slice_seed}: a progressive sweep stopped at {_shape(grid)} points"
-                f"{f' ({outcome})' if outcome else ''}. Its correlations are those of their interpolation to "
-                f"{_shape(finest)} points, with intervals that hold no allowance for what the coarse grid may have "
-                "missed; maps and all else are those of its points."
-            )
-        found.append(finest)
-    if any(not (np.array_equal(a, found[0][0]) and np.array_equal(b, found[0][1])) for a, b in found):
-        notes.append("The grids differ between datasets, so correlations over training compare different ranges.")
-    return found
-
-
-def _record(file: RunFile, design: xr.Dataset) -> dict[str, Any] | None:
-    """The record of a progressive sweep; None where the dataset is not from such a sweep."""
-    if PROGRESSIVE not in design.attrs:
-        return None
-    try:
-        record = json.loads(design.attrs[PROGRESSIVE])
-    except ValueError as error:
-        raise AnalysisError(f"{file.path}: its attribute 'progressive' is no JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise AnalysisError(f"{file.path}: its attribute 'progressive' is {record!r}, expected a JSON object")
-    return record
-
-
-def _refines(finer: Grid, coarse: Grid) -> bool:
-    """Whether `coarse` is some points of `finer`, its ends and the origin among them."""
-    return all(
-        np.isin(few, many).all() and few.min() == many.min() and few.max() == many.max() and (few == 0).any()
-        for few, many in zip(coarse, finer, strict=True)
-    )
-
-
-def _size(grid: Grid) -> int:
-    return len(grid[0]) * len(grid[1])
-
-
-def _shape(grid: Grid) -> str:
-    return f"{len(grid[0])} × {len(grid[1])}"
 
 
 class _Part:
@@ -224,7 +161,7 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
         raise AnalysisError(f"{file.path}: {error}") from error
     used_points = int(part.correlations["points"].sel(control="none").max())
     used_prompts = int(part.correlations["prompts"].max())
-    if used_points < min(_size(grid), reduced["reward"][..., 0].size):
+    if used_points < min(grid_size(grid), reduced["reward"][..., 0].size):
         lost = reduced["reward"][..., 0].size - used_points
         notes.append(f"{where}: {lost} points have too few values and are left out.")
     if used_prompts < part.prompts:
@@ -242,7 +179,7 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
 
 def _correlations(reduced: xr.Dataset, grid: Grid, settings: Bootstrap, where: str, notes: list[str]) -> xr.Dataset:
     """On `grid`, or on the measured points where one of them has too few values to interpolate between."""
-    if _size(grid) > reduced.sizes["alpha"] * reduced.sizes["beta"]:
+    if grid_size(grid) > reduced.sizes["alpha"] * reduced.sizes["beta"]:
         try:
             return correlations(interpolated(reduced, *grid), bootstrap=settings, replicates=True)
         except AnalysisError as error:

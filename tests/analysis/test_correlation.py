@@ -156,7 +156,7 @@ def _unshifted(data, weights):
 
 
 def test_the_jackknife_error_is_that_of_leaving_prompts_out(data):
-    from rlvr_landscape_analysis.statistics.correlation import _influence
+    from rlvr_landscape_analysis.statistics.studentised import _influence
 
     m = matrices(data)
     x, y = (m[name] - m[name].mean(0) for name in ("kl", "reward"))

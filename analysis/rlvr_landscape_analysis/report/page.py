@@ -32,7 +32,7 @@ from rlvr_landscape_analysis.results import UNDECIDED, VERDICTS, Claim, RunAnaly
 from rlvr_landscape_analysis.schema import PROMPTS_SHA256, SYNTHETIC, VERIFIER, landscape_file, paid_by
 from rlvr_landscape_analysis.statistics.claims import sampled
 
-BADGES = dict(zip(VERDICTS, ("supported", "not-supported", "undecided", "not-measurable"), strict=True))
+BADGES: dict[str, str] = dict(zip(VERDICTS, ("supported", "not-supported", "undecided", "not-measurable"), strict=True))
 """Verdict → class of its badge in the style sheet."""
 
 

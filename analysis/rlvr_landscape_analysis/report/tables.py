@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-
-import numpy as np
-import xarray as xr
-
+from rlvr_landscape_analysis.report.diagnostics import STEP, diagnostics_table, pass_at_k_table
+from rlvr_landscape_analysis.report.reading import snapshots_of, steps_of, value_of
 from rlvr_landscape_analysis.report.table import (
     Cell,
     Column,
@@ -31,8 +27,6 @@ from rlvr_landscape_analysis.results import (
     statistic_name,
 )
 
-SHOWN_K = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-
 
 def all_tables(analysis: RunAnalysis) -> list[Table]:
     """Every table that the analysis has something for, in the order of a report."""
@@ -50,7 +44,6 @@ def all_tables(analysis: RunAnalysis) -> list[Table]:
     return [table for table in (build(analysis) for build in builders) if table is not None and table.rows]
 
 
-STEP = Column("step", "step", count)
 SLICE = Column("slice_seed", "slice", count)
 
 
@@ -130,28 +123,28 @@ def correlations_table(analysis: RunAnalysis) -> Table | None:
         [STEP, SLICE, Column("pair", "pair", names=PAIR_NAMES)],
         columns,
     )
-    for labels, here in _snapshots(data):
+    for labels, here in snapshots_of(data):
         for pair in map(str, data["pair"].values):
             row: dict[str, Cell] = {**labels, "pair": pair}
             chosen = here.sel(pair=pair)
             for statistic, control in titles:
                 where = {"control": control} if control in controls else None
-                row[f"{statistic}_{control}"] = _value(
+                row[f"{statistic}_{control}"] = value_of(
                     chosen, statistic, where, f"control {control!r} was not computed"
                 )
             plain_part = {"control": "none"} if "none" in controls else {"control": controls[0]}
             if "reliability" in data:
                 for member in members:
-                    row[f"reliability_{member}"] = _value(chosen, "reliability", {**plain_part, "member": member})
+                    row[f"reliability_{member}"] = value_of(chosen, "reliability", {**plain_part, "member": member})
             for quantity in quantities:
-                row[f"radial_share_{quantity}"] = _value(
+                row[f"radial_share_{quantity}"] = value_of(
                     chosen.drop_vars("reason"),
                     "radial_share",
                     {"quantity": quantity},
                     "too few prompts, no such quantity, or no variation beyond sampling noise",
                 )
             for name in ("points", "prompts"):
-                row[name] = _value(chosen, name, plain_part)
+                row[name] = value_of(chosen, name, plain_part)
             table.rows.append(row)
     return table
 
@@ -190,7 +183,7 @@ def improvement_table(analysis: RunAnalysis) -> Table:
             Column(name, title, style, shown=name not in ("radial_high", "tested"))
             for name, (title, style) in columns.items()
         ],
-        [{**labels, **{name: _value(here, name) for name in columns}} for labels, here in _snapshots(data)],
+        [{**labels, **{name: value_of(here, name) for name in columns}} for labels, here in snapshots_of(data)],
     )
 
 
@@ -219,13 +212,13 @@ def curvature_table(analysis: RunAnalysis) -> Table | None:
         [STEP, SLICE, Column("of", "of", names={"kl": "KL"})],
         columns,
     )
-    for labels, here in _snapshots(data):
+    for labels, here in snapshots_of(data):
         for quantity in quantities:
             part = here.sel(quantity=quantity) if quantity else here
             row: dict[str, Cell] = {**labels, "of": quantity or "reward"}
-            row |= {f"curvature_{end}": _value(part, "curvature", {"eigen": end}) for end in ("low", "high")}
-            row |= {term: _value(part, "coefficient", {"term": term}) for term in terms}
-            table.rows.append(row | {name: _value(part, name) for name in ("r_squared", "points")})
+            row |= {f"curvature_{end}": value_of(part, "curvature", {"eigen": end}) for end in ("low", "high")}
+            row |= {term: value_of(part, "coefficient", {"term": term}) for term in terms}
+            table.rows.append(row | {name: value_of(part, name) for name in ("r_squared", "points")})
     return table
 
 
@@ -247,8 +240,8 @@ def training_table(analysis: RunAnalysis) -> Table:
         [STEP],
         [Column(name, titles[name], plain) for name in present],
         [
-            {"step": str(step), **{name: _value(data, name, {"step": step}, "not measured") for name in present}}
-            for step in _steps(data)
+            {"step": str(step), **{name: value_of(data, name, {"step": step}, "not measured") for name in present}}
+            for step in steps_of(data)
         ],
     )
 
@@ -277,7 +270,7 @@ def trend_table(analysis: RunAnalysis) -> Table | None:
         row: dict[str, Cell] = {"control": control}
         intervals = {"change_step": "change_interval", "change": "change_size_interval"}
         for column in columns:
-            row[column.key] = _value(data, column.key, {"control": control}, interval=intervals.get(column.key))
+            row[column.key] = value_of(data, column.key, {"control": control}, interval=intervals.get(column.key))
         table.rows.append(row)
     return table
 
@@ -295,7 +288,7 @@ def slices_table(analysis: RunAnalysis) -> Table | None:
         [STEP, Column("pair", "pair", names=PAIR_NAMES), Column("control", "control", names=CONTROL_NAMES)],
         [Column("mean", "mean"), Column("spread", "spread", plain), Column("slices", "slices", count)],
     )
-    for step in _steps(data):
+    for step in steps_of(data):
         for pair in map(str, data["pair"].values):
             for control in map(str, data["control"].values):
                 where = {"step": step, "pair": pair, "control": control}
@@ -305,156 +298,10 @@ def slices_table(analysis: RunAnalysis) -> Table | None:
                         "step": str(step),
                         "pair": pair,
                         "control": control,
-                        **{name: _value(data, name, where, why) for name in ("mean", "spread", "slices")},
+                        **{name: value_of(data, name, where, why) for name in ("mean", "spread", "slices")},
                     }
                 )
     return table
-
-
-def pass_at_k_table(analysis: RunAnalysis) -> Table | None:
-    """One row per snapshot: pass@k for a few k (all of them in the CSV)."""
-    data = analysis.diagnostics.get("pass_at_k")
-    if data is None or "pass_at_k" not in data:
-        return None
-    ks = [int(k) for k in data["k"].values]
-    shown = {k for k in ks if k in SHOWN_K} | {ks[-1]}
-    why = "no prompt has that many valid rollouts"
-    return Table(
-        "pass_at_k",
-        "pass@k of the checkpoints",
-        f"Unbiased estimates with Student intervals over prompts at {analysis.bootstrap.level:.0%}.",
-        [STEP],
-        [Column(f"pass_at_{k}", f"pass@{k}", plain, shown=k in shown) for k in ks],
-        [
-            {"step": str(step)} | {f"pass_at_{k}": _value(data, "pass_at_k", {"step": step, "k": k}, why) for k in ks}
-            for step in _steps(data)
-        ],
-    )
-
-
-def diagnostics_table(analysis: RunAnalysis) -> Table:
-    """One row per number: entropy law, exploitation index, two stages, crossing, token surprisal."""
-    found = analysis.diagnostics
-    table = Table(
-        "diagnostics",
-        "Companion diagnostics",
-        "Entropy law: R = −a exp(H) + b. Exploitation index: 1 − Δpass@k / Δpass@1 between the first and the last "
-        "snapshot.",
-        [Column("diagnostic", "diagnostic"), Column("of", "of"), Column("number", "number")],
-        [Column("value", "value", general)],
-    )
-
-    def add(diagnostic: str, of: str, number: str, cell: Cell) -> None:
-        table.rows.append({"diagnostic": diagnostic, "of": of, "number": number, "value": cell})
-
-    law = {"a": "a", "b": "b", "ceiling": "reward at zero entropy, b − a", "r_squared": "R²"}
-    if "entropy_law_training" in found:
-        for name, title in law.items():
-            add("entropy law", "training", title, _value(found["entropy_law_training"], name))
-    if "entropy_law_slice" in found:
-        data = found["entropy_law_slice"]
-        for step in _steps(data):
-            for name, title in law.items():
-                add("entropy law", f"slice at step {step}", title, _value(data, name, {"step": step}))
-    series = analysis.over_training
-    reason = _text(series, "exploitation_reason")
-    of = "training"
-    if "exploitation_first_step" in series:
-        of = f"step {int(series['exploitation_first_step'])} to {int(series['exploitation_last_step'])}"
-    for name, title in {
-        "gain": "Δpass@1",
-        "coverage": f"Δpass@{analysis.k}",
-        "contrast": f"Δpass@{analysis.k} − ½ Δpass@1",
-        "index": "exploitation index",
-    }.items():
-        if f"exploitation_{name}" in series:
-            add(
-                "exploitation",
-                of,
-                title,
-                _value(series.drop_vars("reason", errors="ignore"), f"exploitation_{name}", None, reason),
-            )
-    if "two_stage" in found:
-        data = found["two_stage"]
-        for name, title in {
-            "before": "slope before the bend",
-            "after": "slope after the bend",
-            "bend": "step of the bend",
-            "explained": "squared error the bend takes away",
-        }.items():
-            cell = _value(data, name)
-            add("two stages", f"pass@{analysis.k}", title, replace(cell, format=count) if name == "bend" else cell)
-        if "stage" in data:
-            add("two stages", f"pass@{analysis.k}", "reading", _text(data, "stage"))
-    if "crossing" in found:
-        data = found["crossing"]
-        steps = [data.attrs.get(name) for name in ("first_step", "last_step")]
-        of = f"step {steps[1]} minus {steps[0]}" if None not in steps else "last minus first snapshot"
-        ks = [int(k) for k in data["k"].values]
-        for k in sorted({ks[0], ks[-1]}):
-            why = "no prompt has that many valid rollouts"
-            add("crossing", of, f"Δpass@{k}", _value(data.drop_vars("reason"), "difference", {"k": k}, why))
-        add(
-            "crossing",
-            of,
-            "first k at which the earlier snapshot wins",
-            replace(_value(data, "crossing_k"), format=count),
-        )
-    if "token_surprisal" in found:
-        data = found["token_surprisal"]
-        for step in _steps(data):
-            for name, title in {
-                "mean": "mean, nat per token",
-                "top_share": "carried by the top 20 % of tokens",
-            }.items():
-                add("token surprisal", f"step {step}", title, _value(data, name, {"step": step}))
-    return table
-
-
-# Reading the analysis
-
-
-def _value(
-    data: xr.Dataset, name: str, where: Mapping | None = None, why: str = "", *, interval: str | None = None
-) -> Value:
-    """A scalar of the analysis with its interval and reason; tolerates that any of them is absent."""
-    bounds_name = interval or f"{name}_interval"
-    if name not in data:
-        return Value(None, bounded=bounds_name in data, reason=why or "not part of this analysis")
-    number = _pick(data[name], where)
-    low = high = None
-    if bounds_name in data:
-        bounds = _pick_array(data[bounds_name], where)
-        low, high = (float(bounds.sel(bound=bound)) for bound in ("low", "high"))
-    reason = _text(data, "reason", where) or why
-    return Value(number, low, high, bounded=bounds_name in data, reason=reason)
-
-
-def _pick_array(array: xr.DataArray, where: Mapping | None) -> xr.DataArray:
-    return array.sel({dim: label for dim, label in (where or {}).items() if dim in array.dims})
-
-
-def _pick(array: xr.DataArray, where: Mapping | None) -> float:
-    return float(_pick_array(array, where))
-
-
-def _text(data: xr.Dataset, name: str, where: Mapping | None = None) -> str:
-    if name not in data:
-        return ""
-    chosen = _pick_array(data[name], where)
-    return str(chosen.item()) if chosen.ndim == 0 else ""
-
-
-def _steps(data: xr.Dataset) -> list[int]:
-    return [int(step) for step in np.atleast_1d(data["step"].values)] if "step" in data.coords else []
-
-
-def _snapshots(data: xr.Dataset) -> Iterator[tuple[dict[str, Cell], xr.Dataset]]:
-    """Labels and values of every (step, slice_seed) of the dataset."""
-    for step in _steps(data):
-        for seed in map(int, np.atleast_1d(data["slice_seed"].values)):
-            where = {dim: label for dim, label in (("step", step), ("slice_seed", seed)) if dim in data.dims}
-            yield {"step": str(step), "slice_seed": str(seed)}, data.sel(where)
 
 
 COLUMN_TERMS = {

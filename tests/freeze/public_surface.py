@@ -404,7 +404,7 @@ def manifest() -> list[str]:
     """Keys of a snapshot's manifest.json."""
     from rlvr_landscape_plugin.snapshot import Manifest
 
-    return [f"{field.name}: {field.type}" for field in dataclasses.fields(Manifest)]
+    return [f"{field.name}: {str(field.type).partition('[')[0]}" for field in dataclasses.fields(Manifest)]
 
 
 def dataset() -> list[str]:

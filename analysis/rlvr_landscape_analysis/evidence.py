@@ -7,6 +7,7 @@ control.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +90,14 @@ def open_evidence(*paths: str | Path, steps: set[int] | None = None, name: str =
                         raise AnalysisError(f"{file}: it was measured at step {measured}, its name says {step}")
                     groups[design][step] = data.load()
     return run
+
+
+def check_runs(runs: Sequence[RunEvidence]) -> None:
+    """Raise `AnalysisError` when two runs have one name: their directions would be treated as the same."""
+    names = [run.name for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise AnalysisError(f"two runs are called {twice[0]!r}; give each a name of its own")
 
 
 @dataclass

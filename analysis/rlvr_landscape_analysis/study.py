@@ -16,10 +16,11 @@ import numpy as np
 import xarray as xr
 
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.evidence import EvidenceAnalysis, RunEvidence, analyse_evidence, open_evidence
+from rlvr_landscape_analysis.evidence import EvidenceAnalysis, RunEvidence, analyse_evidence, check_runs, open_evidence
 from rlvr_landscape_analysis.results import Claim
-from rlvr_landscape_analysis.statistics.claims import all_claims, check_runs, sampled
+from rlvr_landscape_analysis.statistics.claims import all_claims
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
+from rlvr_landscape_analysis.statistics.wording import sampled
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,6 @@ from rlvr_landscape_analysis.designs import census_points
 from rlvr_landscape_analysis.statistics.census import (
     at_relative,
     census,
-    census_series,
     expected_largest,
     pair_moments,
     pooled_correlation,
@@ -161,8 +160,6 @@ def test_snapshots_share_prompts_and_paired_directions():
     assert fresh[0].prompts_key == fresh[1].prompts_key
     assert fresh[0].directions_key != fresh[1].directions_key
     assert paired[0].directions_key == paired[1].directions_key
-    series = census_series([synthetic_designs.census(step=step, pairs=6, prompts=10) for step in (0, 10)])
-    assert sorted(series) == [0, 10]
     other = synthetic_designs.census(step=10, seed=1, pairs=6, prompts=10)
     with pytest.raises(AnalysisError, match="different prompts"):
         census_points([synthetic_designs.census(step=0, pairs=6, prompts=10), other])

@@ -10,24 +10,21 @@ import pytest
 import rlvr_landscape_analysis as rla
 import xarray as xr
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic, synthetic_designs
-from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence, open_evidence
+from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence, check_runs, open_evidence
 from rlvr_landscape_analysis.report.page import write_report
 from rlvr_landscape_analysis.results import NOT_MEASURABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from rlvr_landscape_analysis.statistics.claims import (
-    Estimate,
     all_claims,
-    check_runs,
     claim_t1,
     claim_t2,
     claim_t3,
-    combination,
-    common_radii,
     decide,
-    needed,
-    sampled,
 )
+from rlvr_landscape_analysis.statistics.comparable import common_radii
+from rlvr_landscape_analysis.statistics.estimates import Estimate, combination, needed
 from rlvr_landscape_analysis.statistics.ranges import crop, plain_by_range
 from rlvr_landscape_analysis.statistics.two_way import means, prompt_means
+from rlvr_landscape_analysis.statistics.wording import sampled
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
 
 QUICK = Bootstrap(resamples=200)

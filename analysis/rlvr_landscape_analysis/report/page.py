@@ -30,7 +30,7 @@ from rlvr_landscape_analysis.report.table import NOT_DEFINED, Table
 from rlvr_landscape_analysis.report.tables import COLUMN_TERMS, all_tables
 from rlvr_landscape_analysis.results import UNDECIDED, VERDICTS, Claim, RunAnalysis
 from rlvr_landscape_analysis.schema import PROMPTS_SHA256, SYNTHETIC, VERIFIER, landscape_file, paid_by
-from rlvr_landscape_analysis.statistics.claims import sampled
+from rlvr_landscape_analysis.statistics.wording import sampled
 
 BADGES: dict[str, str] = dict(zip(VERDICTS, ("supported", "not-supported", "undecided", "not-measurable"), strict=True))
 """Verdict → class of its badge in the style sheet."""

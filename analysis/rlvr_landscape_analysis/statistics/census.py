@@ -15,7 +15,6 @@ import xarray as xr
 from scipy.special import ndtr, stdtr
 
 from rlvr_landscape_analysis.designs import CensusPoints, census_points
-from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.results import BOUNDS
 from rlvr_landscape_analysis.statistics.improvement import split_half_gain
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap
@@ -397,12 +396,3 @@ def _dataset(
         "fdr": fdr,
     }
     return xr.Dataset(variables, coords, attrs)
-
-
-def census_series(censuses: Sequence[xr.Dataset], **options) -> dict[int, xr.Dataset]:
-    """Step → `census` of the censuses of one run, on the prompts that all of them have."""
-    points = census_points(censuses)
-    steps = [one.step for one in points]
-    if len(set(steps)) != len(steps):
-        raise AnalysisError(f"two censuses of one run are of the same step: {sorted(steps)}")
-    return {one.step: census(one, **options) for one in points}

@@ -54,7 +54,7 @@ def correlations(
     - `corrected` with `corrected_interval`: Pearson without the attenuation by sampling noise, which aims at the
       landscape itself; `spearman_corrected`: Spearman divided by the root of both rank reliabilities (approximate);
     - `contribution` with `contribution_interval`: what the part that the control leaves adds to the corrected plain
-      correlation (`none`: all of it; `shell`: what is not the radius; `radial`: what is). The claims rest on it.
+      correlation (`none`: all of it; `shell`: what is not the radius; `radial`: what is).
       `radial_share` (quantity) with its interval: share of a quantity's variation over the slice, noise taken out,
       that shell means describe;
     - `reliability` (member first, second): share of the variance over points that is not noise;

@@ -196,9 +196,9 @@ def exploitation_index(
     """How far the gain in pass@1 between two snapshots came without a gain in pass@k.
 
     X = 1 − Δpass@k / Δpass@1: 1 when training only made likely what was reachable in k tries (local exploitation),
-    0 when coverage grew as much as the average success did (exploration), above 1 when coverage shrank. The verdict on
-    T3 rests on the contrast D = Δpass@k − ½ Δpass@1, which needs no division. Of snapshots with different numbers of
-    prompts, the first ones that both have are compared. Returns `gain` (Δpass@1), `coverage`
+    0 when coverage grew as much as the average success did (exploration), above 1 when coverage shrank. The contrast
+    D = Δpass@k − ½ Δpass@1 needs no division (claim T3 rests on boundaries, `boundary.py`). Of snapshots with
+    different numbers of prompts, the first ones that both have are compared. Returns `gain` (Δpass@1), `coverage`
     (Δpass@k), `contrast` (D), each with `<name>_interval`; `index` with its interval where the interval of `gain` lies
     above 0; `prompts`; `reason`.
     """

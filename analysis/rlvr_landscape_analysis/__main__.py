@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
     made.add_argument("--resamples", type=int, default=2000, metavar="N", help="resamples of the prompts (%(default)s)")
     made.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the resampling (%(default)s)")
-    made.add_argument("--level", type=float, default=0.95, help="level of the intervals (%(default)s)")
+    made.add_argument("--level", type=float, default=0.95, help="confidence of the intervals (%(default)s)")
     made.add_argument(
         "--threshold", type=float, default=SOLVED, help="reward from which a rollout passes, for pass@k (%(default)s)"
     )

@@ -70,9 +70,10 @@ def analyse_run(
     """All statistics of the finished datasets in a run directory.
 
     `steps` restricts the snapshots; `threshold` is the reward that counts as solved; `level` the false discovery rate
-    of "better than the origin"; `progress` is told which dataset is being read. Raises `AnalysisError` when there is
-    nothing to analyse or the datasets do not belong together (other prompts, other variables). Grids may differ between
-    snapshots, and numbers of prompts between those of a progressive sweep; notes say so and what was done.
+    of "better than the origin"; `progress` gets the name of each dataset before it is read. Raises `AnalysisError` when
+    there is nothing to analyse or the datasets do not belong together (other prompts, other variables). Grids may
+    differ between snapshots, and numbers of prompts between those of a progressive sweep; notes say so and what was
+    done.
     """
     settings = bootstrap or Bootstrap()
     files, unfinished = list_run(path)
@@ -133,7 +134,7 @@ class _Part:
     ranges: xr.Dataset
 
 
-def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, level: float, notes: list[str]) -> _Part:
+def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, fdr: float, notes: list[str]) -> _Part:
     part = _Part()
     part.file = file
     where = f"step {file.step}, slice {file.slice_seed}"
@@ -154,7 +155,7 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
     try:
         part.correlations = _correlations(reduced, grid, settings, where, notes)
         part.ranges = plain_by_range(reduced, bootstrap=settings)
-        part.improvement = improvement(reduced, bootstrap=settings, level=level)
+        part.improvement = improvement(reduced, bootstrap=settings, level=fdr)
         fits = [quadratic_fit(reduced, variable=name, bootstrap=settings) for name in ("reward", "kl_k1")]
         part.checkpoint = checkpoint_cells(reduced, part.rollouts)
     except AnalysisError as error:
@@ -167,7 +168,7 @@ def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, l
     if used_prompts < part.prompts:
         notes.append(f"{where}: {part.prompts - used_prompts} prompts are missing at some point and are left out.")
     part.curvature = xr.concat(fits, dim=xr.DataArray(["reward", "kl"], dims="quantity", name="quantity"))
-    part.map = _map(reduced, part.rollouts, level).assign_attrs(
+    part.map = _map(reduced, part.rollouts, fdr).assign_attrs(
         reduced.attrs | {"prompts": part.prompts, "rollouts": part.rollouts}
     )
     part.profile = _profile(reduced)
@@ -187,7 +188,7 @@ def _correlations(reduced: xr.Dataset, grid: Grid, settings: Bootstrap, where: s
     return correlations(reduced, bootstrap=settings, replicates=True)
 
 
-def _map(reduced: xr.Dataset, k: int, level: float) -> xr.Dataset:
+def _map(reduced: xr.Dataset, k: int, fdr: float) -> xr.Dataset:
     values = {"reward": point_mean(reduced["reward"]), "kl": point_mean(reduced["kl_k1"])}
     for name in ("kl_k3", "entropy", "truncated", "format_failure"):
         if name in reduced:
@@ -200,7 +201,7 @@ def _map(reduced: xr.Dataset, k: int, level: float) -> xr.Dataset:
         variables[name] = value["mean"]
         variables[f"{name}_se"] = value["standard_error"]
     variables["radius"] = radius(reduced)
-    tests = better_than_origin(reduced, level=level)
+    tests = better_than_origin(reduced, level=fdr)
     variables |= {
         "difference": tests["difference"],
         "difference_se": tests["standard_error"],

@@ -342,14 +342,16 @@ def compare_runs(runs: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         line = entropy_axes.plot(run["look"], run["held_out_entropy"], mec="white", mew=0.3, **style)[0]
         out[label] = {"reward": drawn, "entropy": line}
     tasks = {int(run.attrs["tasks"]) for run in runs.values()}
-    level = {float(run.attrs["level"]) for run in runs.values()}
+    confidence = {float(run.attrs["level"]) for run in runs.values()}
     reward_axes.set_ylabel("held-out reward")
     entropy_axes.set_ylabel("token entropy (nat)")
     for ax in axes[0]:
         ax.set_xlabel("training step")
         ax.margins(x=0.03)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    note = f"{', '.join(map(str, sorted(tasks)))} held-out tasks; bands: {100 * max(level):g} % interval of the gain"
+    note = (
+        f"{', '.join(map(str, sorted(tasks)))} held-out tasks; bands: {100 * max(confidence):g} % interval of the gain"
+    )
     figure.supxlabel(f"{note}; thin lines: entropy of the training batches", fontsize=NOTE_SIZE)
     out["legend"] = _legend(reward_axes, gaps=[], columns=4)
     return out

@@ -47,8 +47,8 @@ def write_report(
     """Write `out`/report.html, `out`/figures and `out`/tables; returns the paths written, the page first.
 
     Files of an earlier report are replaced one by one, each whole or not at all; others in `out` stay. Equal analyses
-    give equal files, but for one time stamp in the page: `now`, by default the present. `progress` is told each figure.
-    Raises `AnalysisError` when `out` cannot be a directory.
+    give equal files, but for one time stamp in the page: `now`, by default the present. `progress` gets the title of
+    each figure before it is drawn. Raises `AnalysisError` when `out` cannot be a directory.
     """
     folder = Path(out)
     try:

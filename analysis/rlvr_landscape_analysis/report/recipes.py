@@ -39,7 +39,7 @@ def recipes(analysis: RunAnalysis) -> list[Recipe]:
     steps = {step for step, _ in keys}
     slices = sorted({seed for _, seed in keys})[:MAX_SLICES]
     shown = {key: analysis.maps[key] for key in keys if key[1] in slices}
-    level = f"{analysis.bootstrap.level:.0%}"
+    confidence = f"{analysis.bootstrap.level:.0%}"
     table = analysis.correlations
     found = []
     if len(keys) > 1:
@@ -60,7 +60,7 @@ def recipes(analysis: RunAnalysis) -> list[Recipe]:
             ),
         ]
     if len(steps) > 1:
-        bands = f"Bands: {level} intervals over prompts."
+        bands = f"Bands: {confidence} intervals over prompts."
         early = Recipe(
             "correlation_early",
             f"The same over the first {EARLY} steps",

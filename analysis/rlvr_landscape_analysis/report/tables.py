@@ -152,7 +152,7 @@ def correlations_table(analysis: RunAnalysis) -> Table | None:
 def improvement_table(analysis: RunAnalysis) -> Table:
     """One row per snapshot and slice: better points, the best point, its gain, overlap of regions."""
     data = analysis.improvement
-    level, region = data.attrs.get("level"), data.attrs.get("region")
+    fdr, region = data.attrs.get("level"), data.attrs.get("region")
     columns = {
         "better_share": ("better share", percent),
         "better_count": ("better points", count),
@@ -173,7 +173,7 @@ def improvement_table(analysis: RunAnalysis) -> Table:
         "improvement",
         "Better policies next to the checkpoint",
         "Better: significantly better than the origin"
-        + (f" at a false discovery rate of {level:.0%}" if level is not None else "")
+        + (f" at a false discovery rate of {fdr:.0%}" if fdr is not None else "")
         + ". Naive gain: of the best point, chosen and valued by the same rollouts, hence too high. Corrected gain: "
         "chosen by half of the prompts and valued on the other half. Overlap: share of the lowest-KL"
         + (f" {region:.0%}" if region is not None else "")

@@ -31,7 +31,7 @@ def better_than_origin(data: xr.Dataset, *, level: float = 0.05) -> xr.Dataset:
     `count`, `tested`. The origin itself is missing. Raises `AnalysisError` without an origin or with one prompt.
     """
     if not 0 < level < 1:
-        raise AnalysisError(f"level {level:g} must lie between 0 and 1")
+        raise AnalysisError(f"the false discovery rate level = {level:g} must lie between 0 and 1")
     reduced = per_prompt(data)
     matrices = cells(reduced, {"reward": "reward"})
     origin = _origin(matrices)

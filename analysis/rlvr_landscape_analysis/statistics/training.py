@@ -150,7 +150,7 @@ def checkpoint_cells(data: xr.Dataset, k: int) -> dict[str, np.ndarray]:
     return {name: values.squeeze(["alpha", "beta"]).values.astype(float) for name, values in found.items()}
 
 
-def checkpoint_curves(cells: dict[int, dict[str, np.ndarray]], k: int, level: float) -> xr.Dataset:
+def checkpoint_curves(cells: dict[int, dict[str, np.ndarray]], k: int, confidence: float) -> xr.Dataset:
     """Reward, pass@1, pass@k and entropy of the checkpoints over training, with Student intervals over prompts.
 
     `cells` is step → `checkpoint_cells`. Dims (step, bound).
@@ -167,7 +167,7 @@ def checkpoint_curves(cells: dict[int, dict[str, np.ndarray]], k: int, level: fl
     for name in names:
         mean, bounds = np.full(len(steps), np.nan), np.full((len(steps), 2), np.nan)
         for i, step in enumerate(steps):
-            mean[i], bounds[i] = mean_interval(cells[step].get(name, np.full(1, np.nan)), level)
+            mean[i], bounds[i] = mean_interval(cells[step].get(name, np.full(1, np.nan)), confidence)
         attrs = {"long_name": labels[name][0], "units": labels[name][1]}
         variables[name] = ("step", mean, attrs)
         variables[f"{name}_interval"] = (
@@ -178,7 +178,7 @@ def checkpoint_curves(cells: dict[int, dict[str, np.ndarray]], k: int, level: fl
     return xr.Dataset(variables, {"step": steps, "bound": list(BOUNDS)}, {"k": k})
 
 
-def mean_interval(values: np.ndarray, level: float) -> tuple[float, tuple[float, float]]:
+def mean_interval(values: np.ndarray, confidence: float) -> tuple[float, tuple[float, float]]:
     """Mean and Student's interval over prompts, missing values left out; NaN bounds below two values."""
     values = values[np.isfinite(values)]
     if not len(values):
@@ -186,7 +186,7 @@ def mean_interval(values: np.ndarray, level: float) -> tuple[float, tuple[float,
     mean = float(values.mean())
     if len(values) < 2:
         return mean, (np.nan, np.nan)
-    half = stdtrit(len(values) - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(len(values))
+    half = stdtrit(len(values) - 1, (1 + confidence) / 2) * values.std(ddof=1) / np.sqrt(len(values))
     return mean, (mean - float(half), mean + float(half))
 
 

@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help setup landscape reproduce test lint figures benchmarks clean
+.PHONY: help setup landscape reproduce check test lint figures benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -26,6 +26,9 @@ lint: setup  ## ruff and pyright
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+
+check: lint  ## the fast loop: lint, types and every test that needs no server
+	$(PYTHON) -m pytest -m "not server and not slow and not nightly"
 
 test: lint  ## lint, then every test that this machine can run
 	$(PYTHON) -m pytest

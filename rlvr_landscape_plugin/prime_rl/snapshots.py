@@ -195,10 +195,12 @@ class SnapshotHook:
         if not world.is_master:
             return None
         _check_reports(reports)
+        assert not isinstance(tensors, Failure)
+        whole = tensors
         lora, base = self.config.model.lora, self.config.model.name
 
         def fill(folder: Path) -> None:
-            write_adapter(folder, lora, tensors, base)
+            write_adapter(folder, lora, whole, base)
 
         return write_snapshot(self.root, self._manifest(step), fill, read_back=check_adapter)
 

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from rlvr_landscape_plugin.errors import ServerError, ServerUnreachableError
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.serving.protocol import (
     PROTOCOL,
     GenerateCall,
@@ -116,12 +117,12 @@ class LandscapeClient:
                 f"{self.url}{route}: connection failed: {kind}; is the server still running?"
             ) from error
 
-    async def _json(self, method: str, route: str, body: Any = None) -> dict[str, Any]:
+    async def _json(self, method: str, route: str, body: Any = None) -> JsonObject:
         encoded = None if body is None else json.dumps(body).encode()
         async with self._request(method, route, encoded) as response:
             return msgspec.json.decode(await response.read())
 
-    async def info(self) -> dict[str, Any]:
+    async def info(self) -> JsonObject:
         """Facts about the server; raises an error unless its plugin and protocol are those of this client.
 
         Raises too if the log-probabilities of this client's sampling would not be the policy's (`logprobs_problem`).
@@ -140,9 +141,7 @@ class LandscapeClient:
         """SHA-256 per parameter in kernel layout, one dict per worker."""
         return (await self._json("GET", "/landscape/checksums"))["workers"]
 
-    async def load(
-        self, snapshot: str, slice_: dict[str, Any], directions: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
+    async def load(self, snapshot: str, slice_: JsonObject, directions: Mapping[str, str] | None = None) -> JsonObject:
         """Let the server load a snapshot directory and a slice; move before sampling.
 
         `directions`: the file of each axis whose direction is not drawn. All paths are on the server's file system.
@@ -237,7 +236,7 @@ class LandscapeClient:
             raise ServerError(f"{self.url} closed the stream before every sequence was scored")
         return whole
 
-    async def _lines(self, route: str, call: msgspec.Struct) -> AsyncIterator[tuple[int, dict[str, Any]]]:
+    async def _lines(self, route: str, call: msgspec.Struct) -> AsyncIterator[tuple[int, JsonObject]]:
         decode = msgspec.json.Decoder().decode
         async with self._request("POST", route, msgspec.json.encode(call)) as response:
             async for line in response.content:

@@ -36,9 +36,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import (
     MAX_BODY_BYTES,
@@ -69,9 +70,9 @@ class LandscapeEndpoint:
 
     def __init__(self) -> None:
         self._engine: Any = None
-        self._facts: dict[str, Any] = {}
+        self._facts: JsonObject = {}
         self._state = "unknown"
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: JsonObject | None = None
         self._at: tuple[float, float] | None = None
         self._version = "unknown"
         self._reading = 0
@@ -123,8 +124,8 @@ class LandscapeEndpoint:
             "backend": getattr(transfer, "backend", None),
         }
 
-    def _guarded(self, handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
-        async def route(request: Request) -> Any:
+    def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def route(request: Request) -> Response:
             token = os.environ.get(TOKEN_VARIABLE, "")
             if not token:
                 raise HTTPException(503, f"set {TOKEN_VARIABLE} in the server's environment to use /landscape routes")
@@ -166,7 +167,7 @@ class LandscapeEndpoint:
             logger.error("vLLM holds weights of version %s, landscape moved to %s: somebody else wrote", theirs, ours)
             self._state, self._at, self._version = "unknown", None, "unknown"
 
-    def _standing(self) -> dict[str, Any]:
+    def _standing(self) -> JsonObject:
         return {"state": self._state, "version": self._version, "at": self._at, "loaded": self._loaded}
 
     async def _load(self, request: Request) -> JSONResponse:
@@ -269,7 +270,7 @@ class LandscapeEndpoint:
         except Exception as error:  # none was open on some worker, or the engine is gone, which the next call will say
             logger.info("no update of the weights was open: %s", error)
 
-    async def _with_reports(self, call: Callable[[str], Awaitable[Any]]) -> list[dict[str, Any]]:
+    async def _with_reports(self, call: Callable[[str], Awaitable[object]]) -> list[JsonObject]:
         with access.report_directory() as folder:
             await call(str(folder))
             reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
@@ -296,7 +297,7 @@ class LandscapeEndpoint:
             raise HTTPException(422, problem)
         compared = asyncio.ensure_future(self._compare_versions())
 
-        async def one(index: int) -> dict[str, Any]:
+        async def one(index: int) -> JsonObject:
             item = call.requests[index]
             params = SamplingParams(
                 temperature=call.sampling.temperature,
@@ -340,7 +341,7 @@ class LandscapeEndpoint:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-        async def one(index: int) -> dict[str, Any]:
+        async def one(index: int) -> JsonObject:
             tokens = unpack_ids(call.sequences[index])
             output = await self._last(tokens.tolist(), params)
             await compared
@@ -363,7 +364,7 @@ class LandscapeEndpoint:
             raise RuntimeError("the engine ended a request without finishing it")
         return output
 
-    def _stream(self, count: int, one: Callable[[int], Awaitable[dict[str, Any]]]) -> StreamingResponse:
+    def _stream(self, count: int, one: Callable[[int], Awaitable[JsonObject]]) -> StreamingResponse:
         encoder = msgspec.json.Encoder()
 
         async def line(index: int) -> bytes:
@@ -416,11 +417,11 @@ def _bounded(count: int) -> None:
         raise HTTPException(413, f"one call may have at most {MAX_REQUESTS} requests, got {count}; send several calls")
 
 
-def _first_error(reports: list[dict[str, Any]]) -> str | None:
+def _first_error(reports: list[JsonObject]) -> str | None:
     return next((report["error"] for report in reports if "error" in report), None)
 
 
-def _joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _joined(reports: list[JsonObject]) -> JsonObject:
     """One answer for all workers: rank 0's facts, and the kernel path only if every worker takes it."""
     shared, theta = sum(report["theta_share"] for report in reports), reports[0]["theta"]
     if abs(shared - theta) > 1e-6 * theta:
@@ -434,7 +435,7 @@ def _joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in (reports[0] | path).items() if key not in ("theta", "theta_share")}
 
 
-def _realised_step(reports: list[dict[str, Any]]) -> float:
+def _realised_step(reports: list[JsonObject]) -> float:
     """‖θ(α,β) − θ‖ / ‖θ‖ as the workers hold it, dimensionless."""
     theta = reports[0]["theta"]
     return math.sqrt(sum(report["changed"] for report in reports) / theta) if theta else 0.0

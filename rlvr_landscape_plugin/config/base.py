@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -59,13 +60,22 @@ _Config = TypeVar("_Config", bound=StrictConfig)
 def load_config(argv: Sequence[str], kind: type[_Config]) -> _Config:
     """Parse a command line; raises `ConfigurationError` naming the option or file that is wrong."""
     try:
-        return cli(kind, args=list(argv), description=kind.__doc__)  # pyright: ignore[reportCallIssue]
+        prog = _program()
+        return cli(kind, args=list(argv), prog=prog, description=kind.__doc__)  # pyright: ignore[reportCallIssue]
     except json.JSONDecodeError as error:
         raise ConfigurationError(_json_problem(argv, error)) from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(_encoding_problem(argv, error)) from error
     except (ConfigFileError, OSError, ValueError) as error:
         raise ConfigurationError(str(error)) from error
+
+
+def _program() -> str | None:
+    """The command as the user typed it; a package started by `python -m` has a nameless file."""
+    main = sys.modules.get("__main__")
+    package = getattr(main, "__package__", "") or ""
+    file = Path(getattr(main, "__file__", None) or "")
+    return f"python -m {package}" if package and file.name == "__main__.py" else None
 
 
 def _json_problem(argv: Sequence[str], error: json.JSONDecodeError) -> str:

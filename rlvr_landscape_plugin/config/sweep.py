@@ -205,6 +205,10 @@ class SweepConfig(StrictConfig):
     until_ci_of: Literal["correlation", "beyond_radius"] = "correlation"
     """Which number `until_ci_width` is about: the noise-corrected Pearson correlation over the grid, or the part of it
     that distance from the origin cannot explain."""
+    follow: Path | None = None
+    """A training run that goes on: measure each of its snapshots as it appears, instead of `snapshots`."""
+    follow_patience: float = Field(default=7200, gt=0)
+    """Seconds without a new snapshot after which following ends with an error."""
     dry_run: bool = False
     """Print the resolved configuration and the expected cost, then stop."""
 

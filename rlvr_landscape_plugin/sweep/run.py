@@ -31,6 +31,7 @@ from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snaps
 from rlvr_landscape_plugin.snapshot.architecture import check_architecture
 from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
 from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, with_server_logs
+from rlvr_landscape_plugin.sweep.follow import follow_run
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
 from rlvr_landscape_plugin.sweep.plan import Plan, make_plans, snapshot_identity
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
@@ -250,12 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         config = load_config(sys.argv[1:] if argv is None else argv, SweepConfig)
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        if config.dry_run:
+        if config.dry_run and config.follow is None:
             print(dry_run_report(config))
             return
         try:
             with Display() as display:
-                asyncio.run(run_sweep(config, display))
+                asyncio.run((run_sweep if config.follow is None else follow_run)(config, display))
         except OSError as error:
             if error.errno not in REFUSALS:
                 raise

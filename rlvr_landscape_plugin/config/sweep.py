@@ -258,7 +258,8 @@ class SweepConfig(StrictConfig):
         data = self.model_dump(
             mode="json",
             exclude={
-                *("output", "snapshots", "save_traces", "shard", "until_ci_width", "until_ci_of", "dry_run", "server")
+                *("output", "snapshots", "save_traces", "shard", "until_ci_width", "until_ci_of", "dry_run", "server"),
+                *("follow", "follow_patience"),
             },
         )
         # A slice's own seed is part of its identity, the list of all of them is not.

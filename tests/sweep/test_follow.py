@@ -13,6 +13,7 @@ import pytest
 import xarray as xr
 from toy_run import make_run
 
+from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.prime_rl.adapter import LossKwargs
 from rlvr_landscape_plugin.snapshot import Manifest, open_snapshot, write_snapshot
 from rlvr_landscape_plugin.sweep import follow
@@ -73,6 +74,11 @@ def test_each_snapshot_is_measured_as_it_appears(sweep_here, fake_server, steps,
         with xr.open_dataset(dataset) as followed, xr.open_dataset(plain / dataset.name) as joint:
             xr.testing.assert_equal(followed["reward"], joint["reward"])
             assert followed.attrs["snapshot_sha256"] == joint.attrs["snapshot_sha256"]
+
+
+def test_following_is_no_part_of_what_determines_the_numbers(tmp_path):
+    plain = SweepConfig().provenance()
+    assert SweepConfig(follow=tmp_path, follow_patience=1).provenance() == plain
 
 
 def test_the_same_command_continues_and_a_failed_step_is_not_waited_for(sweep_here, fake_server, steps, tmp_path):

@@ -196,11 +196,10 @@ class SnapshotHook:
             return None
         _check_reports(reports)
         assert not isinstance(tensors, Failure)
-        whole = tensors
         lora, base = self.config.model.lora, self.config.model.name
 
         def fill(folder: Path) -> None:
-            write_adapter(folder, lora, whole, base)
+            write_adapter(folder, lora, tensors, base)
 
         return write_snapshot(self.root, self._manifest(step), fill, read_back=check_adapter)
 

@@ -77,6 +77,8 @@ def record_nccl(config: Any, plan: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
+    import transformers.modeling_utils  # noqa: F401 - it looks which packages are there, before the stand-ins are
+
     sys.meta_path.insert(0, _StandIns())
     plan = json.loads(os.environ["DRIVER"])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -57,7 +57,7 @@ def test_every_line_is_another_direction_through_one_origin(dataset):
     kl = dataset.kl_k1.mean(["prompt", "rollout"])
     assert (kl.sel(distance=0.4) > kl.sel(distance=0.1)).all()
     assert len(np.unique(kl.sel(distance=0.2))) == 3
-    np.testing.assert_allclose(dataset.realised_step, 0.1 * dataset.distance.broadcast_like(dataset.realised_step))
+    np.testing.assert_allclose(dataset.realised_step, dataset.distance.broadcast_like(dataset.realised_step))
 
 
 def test_each_slice_is_loaded_once_and_the_base_batch_is_sampled_once(dataset, fake_server):

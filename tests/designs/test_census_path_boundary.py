@@ -148,6 +148,8 @@ def test_a_census_is_swept(run, sweep_here, fake_server, tmp_path):
         assert data.displacement_norm.item() == pytest.approx(unit, rel=1e-6)
         theta = np.sqrt(sum(float(np.sum(np.square(v.astype(np.float64)))) for v in weights(run[4])))
         np.testing.assert_allclose(data.relative_radius, data.radius * unit / theta, rtol=1e-6)
+        radii = data.radius.broadcast_like(data.displacement_radius)
+        np.testing.assert_allclose(data.displacement_radius, radii.transpose(*data.displacement_radius.dims), rtol=1e-6)
         configuration = json.loads(data.attrs["configuration"])
         assert configuration["census"]["pairs"] == 3
         assert "grid" not in configuration

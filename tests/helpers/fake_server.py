@@ -215,7 +215,8 @@ class FakeServer:
         self._policy = ToyPolicy(
             self._loaded["snapshot_sha256"], self._loaded["directions_fingerprint"], call.alpha, call.beta
         )
-        step = 0.1 * float(np.hypot(call.alpha, call.beta))
+        # As of two random directions that are each as long as the weights.
+        step = float(np.hypot(call.alpha, call.beta))
         seconds = dict.fromkeys(("pause", "write", "reset", "resume"), 0.0)
         return self._standing() | {"realised_step": step, "seconds": seconds}
 

@@ -222,6 +222,7 @@ def write(run: RunEvidence, folder: Path) -> None:
             data.to_netcdf(folder / f"{design}_step{step:06d}.nc")
 
 
+@pytest.mark.slow
 def test_a_directory_with_all_designs_is_read_and_claimed(tmp_path):
     run = run_of({0: 0.0, 10: -0.8}, pairs=16)
     run.boundaries = boundaries(np.repeat([0.3, 0.0], 32), np.repeat([0.7, 0.0], 32)).boundaries

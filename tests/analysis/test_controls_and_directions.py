@@ -41,6 +41,7 @@ def test_axes_along_training_say_so():
     assert "step along η, β" in text
 
 
+@pytest.mark.slow
 def test_a_report_on_a_control_warns_first(tmp_path):
     analysis = make_analysis()
     for values in analysis.maps.values():

@@ -317,6 +317,7 @@ def test_intervals_cover_whichever_prompts_come_first(path):
     assert np.mean([share(data, one) for one in stopped]) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "asked", "points"), [("mixed", 0.3, 25), ("cliff", 0.15, 81)])
 def test_stopped_intervals_cover_the_truth(shape, asked, points):
     """50 sweeps: 95 % intervals cover at least 44 with a probability of 99 %; the benchmark has the large numbers."""
@@ -356,6 +357,7 @@ def rewritten(stopped, target, edit):
     return target
 
 
+@pytest.mark.slow
 def test_snapshots_that_stopped_elsewhere_are_compared_on_one_grid(stopped, tmp_path):
     found = rla.analyse_run(stopped, bootstrap=QUICK)
     coarse, fine = (rla.open_landscape(stopped / f"landscape_step{step:06d}_slice0.nc") for step in (0, 1))

@@ -292,6 +292,7 @@ def test_text_can_be_read(visit, report, colors):
     assert min(ratios.values()) >= 4.5, ratios
 
 
+@pytest.mark.slow
 def test_real_snapshots_give_a_whole_report(visit, tmp_path):
     """Three snapshots of a GRPO run of the shipped policy, by the command a user types."""
     run = tmp_path / "run"

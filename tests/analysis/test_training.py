@@ -107,6 +107,7 @@ def test_two_stages_are_found_where_they_are():
     assert "five snapshots" in str(rla.two_stage([0, 1], series(0 * t)[:2], QUICK).reason.item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snapshots", [5, 10, 25])
 @pytest.mark.parametrize("wandering", [False, True])
 def test_a_flat_curve_is_given_a_stage_in_five_percent_at_most(snapshots, wandering):

@@ -171,6 +171,7 @@ SCENARIOS: dict[str, tuple[vf.Task, list[str | None] | None, list[Any], dict[str
 }
 
 
+@pytest.mark.slow
 @needs_uv
 async def test_traces_are_those_of_the_stock_harness(monkeypatch):
     monkeypatch.setenv("PATH", PATH)

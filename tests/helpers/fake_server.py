@@ -58,7 +58,7 @@ class ToyPolicy:
         logits = np.zeros(len(TOKENS))
         for key, weight in zip(self._keys, self._weights, strict=True):
             if weight:
-                seed = hashlib.blake2b(prefix, key=key.encode()[:64], digest_size=8).digest()
+                seed = hashlib.blake2b(key.encode() + prefix, digest_size=8).digest()
                 logits += weight * np.random.default_rng(int.from_bytes(seed, "little")).standard_normal(len(TOKENS))
         return logits - np.logaddexp.reduce(logits)
 

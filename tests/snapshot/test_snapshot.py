@@ -389,6 +389,7 @@ def lose_shard(path: Path) -> None:
     (path / "model-1.safetensors").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "manifest", "expected"),
     [

@@ -470,6 +470,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_no_half_written_point(tmp_path):
     rng = random.Random(5)
     code = WRITER.format(tests=str(Path(__file__).parent), root=str(tmp_path))

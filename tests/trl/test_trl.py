@@ -463,6 +463,7 @@ class Sampler:
         return [[one(index, number) for number in range(rollouts)] for index in indices]
 
 
+@pytest.mark.slow
 @needs_trl
 @pytest.mark.parametrize(
     ("updates", "objective"),

@@ -28,7 +28,7 @@ lint: setup  ## ruff and pyright
 	$(VENV)/bin/pyright
 
 check: lint  ## the fast loop: lint, types and every test that needs no server
-	$(PYTHON) -m pytest -m "not server and not slow and not nightly"
+	$(PYTHON) -m pytest -n 2 -m "not server and not slow and not nightly"
 
 test: lint  ## lint, then every test that this machine can run
 	$(PYTHON) -m pytest

@@ -7,18 +7,16 @@ independent answers to what lies at each radius. Dims (direction, sign, radius).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlvr_landscape_plugin.designs.design import Design, Point, Surroundings
+from rlvr_landscape_plugin.designs.design import Design, Point, Surroundings, drawn_attributes, drawn_identity
 from rlvr_landscape_plugin.directions import AXES, PreparedSlice, prepare_slice
 from rlvr_landscape_plugin.directions.trajectory import squared
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
-from rlvr_landscape_plugin.files import digest
 from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store.frame import Dimension, Frame, Label
 
@@ -65,7 +63,6 @@ def census_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
             ),
         },
     )
-    drawn = [{"slice": slice_.spec.as_dict(), "fingerprint": slice_.fingerprint} for slice_ in slices]
     return [
         Design(
             kind="census",
@@ -73,15 +70,15 @@ def census_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
             frame=frame,
             slices=slices,
             points=points,
-            identity={"slices_sha256": digest(drawn), "relative_radii": relative.tolist()},
+            identity=drawn_identity(slices) | {"relative_radii": relative.tolist()},
             label=f"step {snapshot.step}, census",
             attributes={
                 "directions": census.directions,
                 "radius_unit": census.unit,
                 "radius_unit_norm": unit,
                 "radius_unit_comment": said,
-                "slices": json.dumps([slice_.spec.as_dict() for slice_ in slices], sort_keys=True),
-            },
+            }
+            | drawn_attributes(slices),
         )
     ]
 

@@ -8,6 +8,7 @@ function of the type `Designer`; nothing in this folder uses servers.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from rlvr_landscape_analysis.schema import design_file, design_name
 
 from rlvr_landscape_plugin.directions import PreparedSlice, Trajectory, prepare_slice
 from rlvr_landscape_plugin.errors import ConfigurationError
-from rlvr_landscape_plugin.files import JsonObject
+from rlvr_landscape_plugin.files import JsonObject, digest
 from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store.frame import Frame, Place
 
@@ -78,6 +79,17 @@ class Design:
         if len(self.slices) >= count > 1:
             return [point for point in self.points if point.slice % count == index - 1]
         return list(self.points[index - 1 :: count])
+
+
+def drawn_identity(slices: Sequence[PreparedSlice]) -> JsonObject:
+    """Identity of a design of many slices: one hash over what defines each of them."""
+    drawn = [{"slice": slice_.spec.as_dict(), "fingerprint": slice_.fingerprint} for slice_ in slices]
+    return {"slices_sha256": digest(drawn)}
+
+
+def drawn_attributes(slices: Sequence[PreparedSlice]) -> JsonObject:
+    """Attributes of its dataset: what is needed to draw each of them again."""
+    return {"slices": json.dumps([slice_.spec.as_dict() for slice_ in slices], sort_keys=True)}
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ positions go on where training was heading. Two paths share one slice, and so on
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlvr_landscape_plugin.designs.design import Design, Point, Surroundings
+from rlvr_landscape_plugin.designs.design import Design, Point, Surroundings, drawn_attributes, drawn_identity
 from rlvr_landscape_plugin.directions import AXES, prepare_slice
 from rlvr_landscape_plugin.errors import ConfigurationError
-from rlvr_landscape_plugin.files import digest
 from rlvr_landscape_plugin.store.frame import Dimension, Frame, Label
 
 if TYPE_CHECKING:
@@ -60,7 +58,6 @@ def path_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
         ),
         {"path_description": Label(("path",), described, "what the path is")},
     )
-    drawn = [{"slice": slice_.spec.as_dict(), "fingerprint": slice_.fingerprint} for slice_ in slices]
     return [
         Design(
             kind="path",
@@ -68,9 +65,9 @@ def path_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
             frame=frame,
             slices=tuple(slices),
             points=points,
-            identity={"slices_sha256": digest(drawn)},
+            identity=drawn_identity(slices),
             label=f"step {snapshot.step}, paths",
-            attributes={"slices": json.dumps([slice_.spec.as_dict() for slice_ in slices], sort_keys=True)},
+            attributes=drawn_attributes(slices),
         )
     ]
 

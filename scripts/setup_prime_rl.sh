@@ -49,7 +49,7 @@ pins=(-c constraints.txt --override overrides.txt)
 uv pip install -r requirements.txt "${sources[@]}" verifiers renderers prime-pydantic-config "${pins[@]}"
 uv pip install --no-deps -e "$checkout" "modelexpress==$modelexpress"
 uv pip install -e "$here" "${pins[@]}"
-uv pip install --no-deps -e "$here/environments/rlvr_alphabet_sort"
+uv pip install --no-deps -e "$here/environments/rlvr_alphabet_sort" -e "$here/environments/rlvr_word_problems"
 "$venv/bin/python" -c "import prime_rl, torch, transformers, verifiers, vllm, rlvr_landscape_plugin" ||
     { echo "error: the environment does not import in $venv; remove the directory and try again" >&2; exit 2; }
 echo "$stamp $here" > "$venv/.rlvr-landscape"

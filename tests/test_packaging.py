@@ -118,6 +118,7 @@ def test_the_wheel_holds_what_an_installed_sweep_needs(installed):
         "rlvr_landscape_analysis/report/assets/report.css",
         "rlvr_alphabet_sort/data/given_names.txt",
         "rlvr_alphabet_sort/data/surnames.txt",
+        "rlvr_word_problems/taskset.py",
     ):
         assert (installed / path).is_file(), path
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {
@@ -125,6 +126,7 @@ def test_the_wheel_holds_what_an_installed_sweep_needs(installed):
         "rlvr_chat",
         "rlvr_landscape_analysis",
         "rlvr_landscape_plugin",
+        "rlvr_word_problems",
     }
 
 
@@ -209,7 +211,9 @@ def test_continuous_integration_runs_the_documented_test_command():
 def test_set_up_is_idempotent(tmp_path):
     """With the stamp in place, setting up again does nothing."""
     inputs = [
-        ROOT / name for name in ("pyproject.toml", "environments/rlvr_alphabet_sort/pyproject.toml", "scripts/setup.sh")
+        ROOT / "pyproject.toml",
+        *sorted(ROOT.glob("environments/*/pyproject.toml")),
+        ROOT / "scripts/setup.sh",
     ]
     stamp = subprocess.run(["cksum"], input=b"".join(p.read_bytes() for p in inputs), capture_output=True, check=True)
     (tmp_path / "bin").mkdir()

@@ -34,7 +34,7 @@ from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("public_surface.txt")
-PACKAGES = ("rlvr_landscape_plugin", "rlvr_chat", "rlvr_landscape_analysis", "rlvr_alphabet_sort")
+PACKAGES = ("rlvr_landscape_plugin", "rlvr_chat", "rlvr_landscape_analysis", "rlvr_alphabet_sort", "rlvr_word_problems")
 COMMANDS = {
     "rlvr_landscape_plugin.sweep": "SweepConfig",
     "rlvr_landscape_plugin.cluster": "ClusterSweepConfig",
@@ -240,6 +240,13 @@ def taskset_keys() -> list[str]:
     from rlvr_alphabet_sort.taskset import AlphabetSortConfig
 
     return _keys(AlphabetSortConfig)
+
+
+def word_problems_keys() -> list[str]:
+    """`[env.taskset]` of rlvr-word-problems."""
+    from rlvr_word_problems.taskset import WordProblemsConfig
+
+    return _keys(WordProblemsConfig)
 
 
 def objectives() -> list[str]:
@@ -452,6 +459,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "Keys of TrainConfig": train_keys,
     "Keys of [trainer.loss.kwargs] in prime-rl": prime_rl_keys,
     "Keys of [env.taskset] for rlvr-alphabet-sort": taskset_keys,
+    "Keys of [env.taskset] for rlvr-word-problems": word_problems_keys,
     "Objectives and their options": objectives,
     "Routes and bodies of the server": routes,
     "Environment variables": environment_variables,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from rlvr_landscape_analysis.checksums import find_checksum
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.schema import (
     ERROR,
@@ -35,6 +36,8 @@ from rlvr_landscape_analysis.schema import (
     TRUNCATED,
     paid_by,
 )
+
+_REBUILT = "copy it again, or run the sweep's command again, which rebuilds it from its points"
 
 NEEDED = ("reward", "kl_k1")
 """Variables without which a dataset is no landscape."""
@@ -63,16 +66,24 @@ def reading(path: str | Path) -> Iterator[None]:
         raise AnalysisError(f"{path} does not exist") from error
     except Exception as error:  # HDF5, netCDF and xarray raise many kinds of errors for a damaged file
         raise AnalysisError(
-            f"{path} cannot be read as netCDF ({type(error).__name__}: {error}): it is damaged or no netCDF; "
-            "copy it again, or move it away and run the sweep's command again, which rebuilds it from its points"
+            f"{path} cannot be read as netCDF ({type(error).__name__}: {error}): it is damaged or no netCDF; {_REBUILT}"
         ) from error
+
+
+def check_checksum(path: str | Path) -> None:
+    """Raise `AnalysisError` where a netCDF file is not as its checksum says; a file without one passes."""
+    with reading(path):
+        intact = find_checksum(path)
+    if intact is False:
+        raise AnalysisError(f"{path} is damaged: its content is not what its checksum says; {_REBUILT}")
 
 
 def open_landscape(path: str | Path) -> xr.Dataset:
     """One dataset as the sweep wrote it, lazily.
 
-    Raises `AnalysisError` naming file and variable when it is not a landscape.
+    Raises `AnalysisError` naming file and variable when it is damaged or not a landscape.
     """
+    check_checksum(path)
     with reading(path):
         data = xr.open_dataset(path, engine="netcdf4")
     try:
@@ -181,6 +192,7 @@ def open_run(
         raise AnalysisError(f"{path} holds no dataset of steps {wanted_steps} and slices {wanted_slices}")
     opened = []
     for file in files:
+        check_checksum(file.path)
         with reading(file.path):
             opened.append(xr.open_dataset(file.path, engine="netcdf4", chunks={}))
             check_landscape(opened[-1], str(file.path))

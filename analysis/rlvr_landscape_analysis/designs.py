@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from rlvr_landscape_analysis.datasets import check_checksum, reading
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.schema import BASE_ROLLOUT, ERROR, PROMPT, ROLLOUT, SOLVED
 
@@ -33,12 +34,9 @@ def open_design(path: str | Path, design: str | None = None) -> xr.Dataset:
 
     Raises `AnalysisError` naming the file and what it lacks.
     """
-    try:
+    check_checksum(path)
+    with reading(path):
         data = xr.open_dataset(path, engine="netcdf4")
-    except FileNotFoundError as error:
-        raise AnalysisError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise AnalysisError(f"{path} cannot be read as netCDF: {error}; copy it again or rebuild it") from error
     try:
         check_design(data, design or str(data.attrs.get("design", "")), str(path))
     except AnalysisError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from rlvr_landscape_analysis.checksums import add_checksum, find_checksum
 from rlvr_landscape_analysis.schema import (
     BASE_ROLLOUT,
     DISPLACEMENT_NORM,
@@ -24,9 +25,9 @@ from rlvr_landscape_analysis.schema import (
 )
 
 from rlvr_landscape_plugin.errors import StoreError
-from rlvr_landscape_plugin.files import digest, publish, remove_stale
+from rlvr_landscape_plugin.files import digest, move_aside, publish, remove_stale
 from rlvr_landscape_plugin.store.frame import Dimension, Label, Subset
-from rlvr_landscape_plugin.store.journal import Journal
+from rlvr_landscape_plugin.store.journal import CHANGED, Journal
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,32 @@ class Annotations:
 def holds(journal: Journal, out: Path, subset: Subset | None = None) -> bool:
     """Whether `out` is the journal's dataset of `subset` (default: of everything), or of more.
 
-    Raises `StoreError` when it belongs to something else or cannot be read.
+    A damaged one is moved aside with a warning: the points have everything that it held. Raises `StoreError` when it
+    belongs to something else, or where the system does not let it be read.
     """
-    if not out.exists():
-        return False
-    frame = journal.frame
+    frame, damage = journal.frame, ""
     try:
-        with xr.open_dataset(out, engine="netcdf4") as present:
-            same = present.attrs.get("identity") == digest(journal.identity)
-            values = {name: present[name].values for name in frame.names}
-            prompts = present.sizes[PROMPT]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise StoreError(f"{out} is not a readable dataset ({error}); move it away and run again") from error
+        intact = find_checksum(out)
+        if intact is False:
+            damage = CHANGED
+        else:
+            with xr.open_dataset(out, engine="netcdf4") as present:
+                same = present.attrs.get("identity") == digest(journal.identity)
+                values = {name: present[name].values for name in frame.names} if same else {}
+                prompts = present.sizes[PROMPT]
+                for name in present.variables if intact is None else ():
+                    present[name].values  # noqa: B018  an older version's file shows damage only where it is read
+    except FileNotFoundError:
+        return False
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # HDF5 and xarray raise many kinds of errors for a damaged file
+        if isinstance(error, OSError) and (error.errno or 0) > 0:  # netCDF's own numbers are negative
+            raise StoreError(f"{out} cannot be read: {error}; nothing was changed") from error
+        damage = f"{type(error).__name__}: {error}"
+    if damage:
+        move_aside(out, damage, "is written again from its points")
+        return False
     if not same:
         raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
     if subset is None and journal.prompts is None:
@@ -82,8 +97,8 @@ def consolidate(
     """Write the dataset of all points to `out`, dims (those of the frame …, prompt, rollout).
 
     `subset`: what a progressive sweep measured, if not everything. An `out` of this journal that holds as much is
-    left as it is; one that holds less is replaced by the whole. Raises `StoreError` when points are missing or
-    `out` belongs to something else.
+    left as it is; one that holds less, or is damaged, is replaced by the whole. Raises `StoreError` when points are
+    missing or `out` belongs to something else.
     """
     remove_stale(out.parent)
     if holds(journal, out, subset):
@@ -98,7 +113,12 @@ def consolidate(
         raise StoreError(f"{journal.root} lacks {what}; run the same sweep again to finish it")
     base, recheck = (data.isel(prompt=slice(subset.prompts)) for data in (base, recheck))
     writer = _Writer(journal, subset, base, recheck, notes or Annotations())
-    publish(out, lambda scratch: writer.write(scratch, attributes), replace=out.exists())
+
+    def write(scratch: Path) -> None:
+        writer.write(scratch, attributes)
+        add_checksum(scratch)
+
+    publish(out, write, replace=out.exists())
     return out
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+from rlvr_landscape_analysis.checksums import add_checksum, find_checksum
 from rlvr_landscape_analysis.schema import (
     BASE_FILE,
     BASE_ROLLOUT,
@@ -46,6 +47,9 @@ from rlvr_landscape_plugin.files import (
     writing,
 )
 from rlvr_landscape_plugin.store.frame import Frame, Place, Subset
+
+CHANGED = "its content is not what its checksum says"
+"""Why a file with a wrong checksum is not used."""
 
 
 class Journal:
@@ -263,7 +267,12 @@ class Journal:
         data = data.assign_attrs(sha256=_checksum(data))
         stored = {"zlib": True, "complevel": 1, "fletcher32": True}
         encoding = {name: stored for name in data.data_vars if data[name].size > 1}
-        publish(path, lambda scratch: data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding))
+
+        def write(scratch: Path) -> None:
+            data.to_netcdf(scratch, engine="netcdf4", format="NETCDF4", encoding=encoding)
+            add_checksum(scratch)
+
+        publish(path, write)
 
     @property
     def whole(self) -> Subset:
@@ -319,11 +328,14 @@ def _contents(path: Path) -> xr.Dataset:
     from xarray.backends import NetCDF4DataStore
 
     try:
+        intact = find_checksum(path)
         raw = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
+    if intact is False:
+        raise _DamagedError(CHANGED)
     try:
         # From memory: whatever is wrong from here on is the content, not a disk or a lack of file handles.
         with netCDF4.Dataset(path.name, memory=raw) as file:
@@ -336,7 +348,7 @@ def _contents(path: Path) -> xr.Dataset:
             raise StoreError(f"{path} cannot be read: {error}; nothing was changed") from error
         raise _DamagedError(f"{type(error).__name__}: {error}") from error
     if not whole:
-        raise _DamagedError("its content is not what its checksum says")
+        raise _DamagedError(CHANGED)
     return data
 
 

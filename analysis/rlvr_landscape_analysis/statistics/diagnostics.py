@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from scipy.special import stdtrit
 
-from rlvr_landscape_analysis.datasets import reading
+from rlvr_landscape_analysis.datasets import check_checksum, reading
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import pass_at_k_cells, per_prompt
 from rlvr_landscape_analysis.results import BOUNDS
@@ -242,6 +242,7 @@ def token_surprisal(base: str | Path) -> xr.Dataset:
     `mean` estimates the token entropy, `top_share` is the share of all surprisal that the 20 % most surprising tokens
     carry (compare the forking tokens of Wang et al. 2025, arXiv 2506.01939, who rank by true entropy).
     """
+    check_checksum(base)
     with reading(base), xr.open_dataset(base, engine="netcdf4", decode_cf=False) as data:
         if TOKEN_LOGPROB not in data:
             raise AnalysisError(f"{base} holds no log-probabilities per token ({TOKEN_LOGPROB!r})")

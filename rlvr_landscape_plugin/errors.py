@@ -37,6 +37,23 @@ class StoreError(LandscapeError, RuntimeError):
     """A result directory that cannot be written, or that belongs to something else."""
 
 
+EXTRAS = {
+    "verifiers": "sweep",
+    "transformers": "sweep",
+    "safetensors": "sweep",
+    "trl": "train",
+    "accelerate": "train",
+    "torch": "train",
+    "submitit": "cluster",
+}
+"""Package that may be absent → the extra of this distribution that brings it."""
+
+
+def suggest(command: str, note: str = "") -> None:
+    """Say on standard error what comes next: a command, and a note beside it."""
+    print(f"next: {command}{f'   ({note})' if note else ''}", file=sys.stderr)
+
+
 def run_cli(function: Callable[[], None]) -> int:
     """Call `function`; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     try:
@@ -49,6 +66,16 @@ def run_cli(function: Callable[[], None]) -> int:
         if type(error).__name__ != "ValidationError" or not type(error).__module__.startswith("pydantic"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        print(
+            f"error: this command needs the package {missing}; install it with\n"
+            f"       pip install 'rlvr-landscape[{EXTRAS[missing]}]'",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished points are kept, the same command continues", file=sys.stderr)

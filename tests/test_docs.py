@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlvr_landscape_plugin.cli import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 SURFACE = (ROOT / "tests" / "freeze" / "public_surface.txt").read_text()
 
@@ -106,6 +108,8 @@ def test_commands_exist(document):
             assert spec is not None, f"{document}: python -m {module}"
             if spec.submodule_search_locations is not None:
                 assert importlib.util.find_spec(f"{module}.__main__") is not None, f"{document}: python -m {module}"
+        for command in re.findall(r"\brlvr-landscape (?!@)([a-z][\w-]*)", line):
+            assert command in COMMANDS, f"{document}: rlvr-landscape {command}"
         for script in re.findall(r"\b(?:python|bash) ([\w/]+\.(?:py|sh))\b", line):
             assert (ROOT / script).is_file(), f"{document}: {script}"
 

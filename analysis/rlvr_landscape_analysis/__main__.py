@@ -1,4 +1,4 @@
-"""`python -m rlvr_landscape_analysis RUN_DIR`: draw and analyse every landscape of a run, and write its report."""
+"""`rlvr-landscape report RUN_DIR`: draw and analyse every landscape of a run, and write its report."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rlvr_landscape_analysis.results import RunAnalysis
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "python -m rlvr_landscape_analysis") -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(prog="python -m rlvr_landscape_analysis", description=__doc__)
+    made = argparse.ArgumentParser(prog=prog, description=__doc__)
     made.add_argument("run", type=Path, metavar="RUN_DIR", help="output directory of a sweep")
     made.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: RUN_DIR/report)")
     made.add_argument("--resamples", type=int, default=2000, metavar="N", help="resamples of the prompts (%(default)s)")
@@ -32,13 +32,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m rlvr_landscape_analysis") -> int:
     """Draw RUN_DIR's datasets into RUN_DIR/figures and write the report; returns the exit code.
 
     Prints the figures' paths, the verdicts and where the report is. A user's mistake is one line on standard error and
     exit code 2.
     """
-    arguments = parser().parse_args(argv)
+    arguments = parser(prog).parse_args(argv)
 
     # Late, so that --help and a mistyped option answer at once.
     from rlvr_landscape_analysis.errors import AnalysisError
@@ -70,6 +70,10 @@ def _run(arguments: argparse.Namespace) -> None:
                 wanted = f"{claim.directions_needed} directions with {wanted} each"
             print(f"   About {wanted} would decide it, if the estimate stays.")
     print(f"report {written[0]}")
+    print(
+        f"next: open {written[0]} in a browser; its figures and tables are files in {written[0].parent}",
+        file=sys.stderr,
+    )
 
 
 def _draw(analysis: RunAnalysis) -> list[Path]:

@@ -57,10 +57,13 @@ def _unknown_keys(table: type[StrictConfig], data: object, prefix: str = "") -> 
 _Config = TypeVar("_Config", bound=StrictConfig)
 
 
-def load_config(argv: Sequence[str], kind: type[_Config]) -> _Config:
-    """Parse a command line; raises `ConfigurationError` naming the option or file that is wrong."""
+def load_config(argv: Sequence[str], kind: type[_Config], prog: str | None = None) -> _Config:
+    """Parse a command line; raises `ConfigurationError` naming the option or file that is wrong.
+
+    `prog`: what the user typed to get here, for the usage line; default: found from how Python was started.
+    """
     try:
-        prog = _program()
+        prog = prog or _program()
         return cli(kind, args=list(argv), prog=prog, description=kind.__doc__)  # pyright: ignore[reportCallIssue]
     except json.JSONDecodeError as error:
         raise ConfigurationError(_json_problem(argv, error)) from error

@@ -26,7 +26,7 @@ from pathlib import Path
 import aiohttp
 
 from rlvr_landscape_plugin.config import LaunchConfig, ServerConfig, load_config
-from rlvr_landscape_plugin.errors import ServerError, run_cli
+from rlvr_landscape_plugin.errors import ServerError, run_cli, suggest
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import (
     DIRECTIONS_MEMORY_VARIABLE,
@@ -195,13 +195,14 @@ async def serve(config: LaunchConfig) -> None:
         print(f"{server.url}/v1 serves {snapshot.path.name.replace('_', '-')}; end it with Ctrl-C", flush=True)
         if not (config.server.token or os.environ.get(TOKEN_VARIABLE)):
             print(f"for sweeps: export {TOKEN_VARIABLE}={server.token}", flush=True)
+        suggest(f"rlvr-landscape sweep --server.urls {server.url} --snapshots {config.model}", "in another terminal")
         await asyncio.Event().wait()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Command line; returns the exit code. `prog`: what the user typed, for the usage line."""
     arguments = sys.argv[1:] if argv is None else argv
-    return run_cli(lambda: asyncio.run(serve(load_config(arguments, LaunchConfig))))
+    return run_cli(lambda: asyncio.run(serve(load_config(arguments, LaunchConfig, prog))))
 
 
 def tail(log: Path, lines: int = 15) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlvr_landscape_plugin.errors import SnapshotError, run_cli
+from rlvr_landscape_plugin.errors import SnapshotError, run_cli, suggest
 from rlvr_landscape_plugin.snapshot import Manifest, find_snapshots, open_snapshot
 
 
@@ -19,8 +19,8 @@ def _print_table(path: Path, verify: bool) -> None:
     table = Table(title=str(path))
     for heading in ("step", "state", "trainer", "run", "objective", "reward", "MB"):
         table.add_column(heading, justify="right" if heading in ("step", "reward", "MB") else "left")
-    problems = []
-    for folder in find_snapshots(path):
+    problems, folders = [], find_snapshots(path)
+    for folder in folders:
         try:
             snapshot = open_snapshot(folder)
             if verify:
@@ -45,12 +45,14 @@ def _print_table(path: Path, verify: bool) -> None:
     Console().print(table)
     if problems:
         raise SnapshotError("\n       ".join(problems))
+    measured = folders[0] if len(folders) == 1 else f"{folders[0].parent}/step_*"
+    suggest(f"rlvr-landscape sweep --snapshots {measured} --output outputs/NAME --dry-run")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Command line; returns the exit code. `prog`: what the user typed, for the usage line."""
     parser = argparse.ArgumentParser(
-        prog="python -m rlvr_landscape_plugin.snapshot", description="Look at the snapshots of a training run."
+        prog=prog or "python -m rlvr_landscape_plugin.snapshot", description="Look at the snapshots of a training run."
     )
     parser.add_argument("command", choices=("ls", "verify"), help="ls: list them; verify: read and compare every byte")
     parser.add_argument(

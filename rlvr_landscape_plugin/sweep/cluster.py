@@ -1,4 +1,4 @@
-"""`python -m rlvr_landscape_plugin.cluster @ sweep.toml --cluster.shards 8`: one sweep as a job array, by submitit.
+"""The command `rlvr-landscape cluster @ sweep.toml --cluster.shards 8`: one sweep as a job array, by submitit.
 
 Every job runs `--shard i/n` of the same sweep with a server of its own, or with its share of `server.urls`; all of them
 write to one `output`, and the job that finishes last writes the datasets. Sending the jobs again continues the sweep.
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rlvr_landscape_plugin.config import StrictConfig, SweepConfig, dry_run_report, load_config
-from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, run_cli
+from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, run_cli, suggest
 
 TIMEOUTS = 100
 """How often a job may reach its time limit, and continue, before submitit gives it up."""
@@ -98,11 +98,11 @@ def submit(config: ClusterSweepConfig) -> list[Any]:
         raise ConfigurationError(f"submitit refuses these jobs (cluster.*): {error}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Command line; returns the exit code. `prog`: what the user typed, for the usage line."""
 
     def run() -> None:
-        config = load_config(sys.argv[1:] if argv is None else argv, ClusterSweepConfig)
+        config = load_config(sys.argv[1:] if argv is None else argv, ClusterSweepConfig, prog)
         if config.dry_run:
             print(dry_run_report(config))
             return
@@ -117,5 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"continues. The first: {failures[0].exception()}"
                 )
             print("\n".join(sorted({path for job in jobs for path in job.result()})))
+        suggest(f"rlvr-landscape {'report' if config.cluster.executor == 'local' else 'status'} {config.output}")
 
     return run_cli(run)

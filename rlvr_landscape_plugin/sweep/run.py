@@ -1,4 +1,4 @@
-"""`python -m rlvr_landscape_plugin.sweep @ configs/sweep/quickstart.toml`: measure landscapes.
+"""A sweep from beginning to end; `command.py` is its command line.
 
 For each snapshot and design: roll the checkpoint's own batch at the origin, then for every point move, roll out, score
 and journal; at the end one netCDF per snapshot and design. The state of a sweep is the set of files under `output`: the
@@ -9,11 +9,8 @@ same command continues where an earlier one stopped, several servers share one q
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import functools
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER, VERIFIER
 
-from rlvr_landscape_plugin.config import SweepConfig, dry_run_report, load_config
+from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.designs import Surroundings
 from rlvr_landscape_plugin.directions import AXES, Trajectory
 from rlvr_landscape_plugin.display import Display
-from rlvr_landscape_plugin.errors import ConfigurationError, StoreError, run_cli
+from rlvr_landscape_plugin.errors import ConfigurationError
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
 from rlvr_landscape_plugin.snapshot.architecture import check_architecture
 from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
 from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, with_server_logs
-from rlvr_landscape_plugin.sweep.follow import follow_run
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
 from rlvr_landscape_plugin.sweep.plan import Plan, make_plans, snapshot_identity
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
@@ -45,9 +41,6 @@ if TYPE_CHECKING:
     from rlvr_landscape_plugin.sweep.range_search import Coordinates, Probe
 
 logger = logging.getLogger("rlvr_landscape.sweep")
-
-REFUSALS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
-"""Error numbers of an operating system when the machine lacks a resource."""
 
 
 async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
@@ -243,25 +236,3 @@ def open_snapshots(config: SweepConfig) -> list[Snapshot]:
     if reason := check_architecture(snapshots[0]):
         logger.warning("cannot check the tensors of %s ahead of the server: %s", snapshots[0].path, reason)
     return snapshots
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-
-    def run() -> None:
-        config = load_config(sys.argv[1:] if argv is None else argv, SweepConfig)
-        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        if config.dry_run and config.follow is None:
-            print(dry_run_report(config))
-            return
-        try:
-            with Display() as display:
-                asyncio.run((run_sweep if config.follow is None else follow_run)(config, display))
-        except OSError as error:
-            if error.errno not in REFUSALS:
-                raise
-            raise StoreError(
-                f"the operating system refused: {error}; finished points are kept, the same command continues"
-            ) from error
-
-    return run_cli(run)

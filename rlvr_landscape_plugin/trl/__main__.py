@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from rlvr_landscape_plugin.config import TrainConfig, load_config, train_report
-from rlvr_landscape_plugin.errors import run_cli
+from rlvr_landscape_plugin.errors import run_cli, suggest
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Command line; returns the exit code. `prog`: what the user typed, for the usage line."""
 
     def run() -> None:
-        config = load_config(sys.argv[1:] if argv is None else argv, TrainConfig)
+        config = load_config(sys.argv[1:] if argv is None else argv, TrainConfig, prog)
         if config.dry_run:
             print(train_report(config))
             return
@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rlvr_landscape_plugin.trl.train import train
 
         train(config)
+        suggest(
+            f"rlvr-landscape sweep --snapshots {config.output}/snapshots/step_* --output {config.output}/landscape",
+            "with the [env] of this training",
+        )
 
     return run_cli(run)
 

@@ -68,12 +68,16 @@ def commands() -> list[str]:
     for module in PLAIN_COMMANDS:
         lines.append(f"python -m {module}")
         lines += [f"    {line}" for line in _arguments(module)]
+    from rlvr_landscape_plugin.cli import COMMANDS as subcommands
+
+    lines += [f"rlvr-landscape {name} {command.takes}" for name, command in subcommands.items()]
+    lines += ["rlvr-landscape --version"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for script, target in sorted(project["scripts"].items()):
         module, _, function = target.partition(":")
         main = getattr(importlib.import_module(module), function)
         same = [name for name in COMMANDS if main is getattr(importlib.import_module(name), "main", None)]
-        lines.append(f"{script}   as python -m {same[0] if same else target}")
+        lines.append(f"{script}   as python -m {same[0] if same else module.removesuffix('.cli')}")
     return lines
 
 

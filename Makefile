@@ -3,11 +3,11 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help setup landscape reproduce check test lint figures benchmarks clean
+.PHONY: help setup landscape reproduce smollm2 check test lint figures benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1\t/'
 
 setup:  ## create .venv with everything, a CPU build of vLLM included
 	@bash scripts/setup.sh $(VENV)
@@ -18,6 +18,10 @@ landscape: setup  ## measure a real landscape on this machine and draw it
 
 reproduce: setup  ## train on this machine with GRPO and GRPO-N, measure landscapes, write a report
 	bash scripts/reproduce.sh $(PYTHON)
+
+smollm2: setup  ## download SmolLM2-135M-Instruct (89 MB) and make a snapshot of it in models/
+	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install "gguf>=0.17"
+	$(PYTHON) scripts/get_smollm2.py
 
 figures: setup  ## draw the figures of outputs/quickstart again
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart

@@ -54,28 +54,31 @@ def suggest(command: str, note: str = "") -> None:
     print(f"next: {command}{f'   ({note})' if note else ''}", file=sys.stderr)
 
 
+def user_message(error: BaseException) -> str | None:
+    """What is shown of an error that a user can mend; None for a defect, which keeps its traceback."""
+    of_pydantic = type(error).__name__ == "ValidationError" and type(error).__module__.startswith("pydantic")
+    # The second: a configuration built in code, not by `load_config`.
+    if isinstance(error, LandscapeError) or (isinstance(error, ValueError) and of_pydantic):
+        return f"error: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").partition(".")[0]
+        if missing in EXTRAS:
+            return (
+                f"error: this command needs the package {missing}; install it with\n"
+                f"       pip install 'rlvr-landscape[{EXTRAS[missing]}]'"
+            )
+    return None
+
+
 def run_cli(function: Callable[[], None]) -> int:
     """Call `function`; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
     try:
         function()
-    except LandscapeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        # A configuration built in code, not by `load_config`; any other ValueError is a defect and keeps its trace.
-        if type(error).__name__ != "ValidationError" or not type(error).__module__.startswith("pydantic"):
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in EXTRAS:
-            raise
-        print(
-            f"error: this command needs the package {missing}; install it with\n"
-            f"       pip install 'rlvr-landscape[{EXTRAS[missing]}]'",
-            file=sys.stderr,
-        )
+        print(message, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished points are kept, the same command continues", file=sys.stderr)

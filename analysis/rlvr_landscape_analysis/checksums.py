@@ -2,7 +2,7 @@
 
 After the last byte of the netCDF-4 file stands one line of text with the SHA-256 of everything before it. HDF5 reads a
 file up to the end that its header names, so every reader of netCDF ignores the line. The check comes before HDF5 sees
-the file, because one flipped bit in a header can crash its library. A file that is edited or saved again loses the line.
+the file, because one flipped bit in a header can crash its library. A file that is edited or saved again has no line.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ class LandscapeEndpoint:
         """Requests of our own routes whose output is awaited."""
         self._lock = asyncio.Lock()
         self._stop_ids: list[int] = []
+        self._workers = 1
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; vLLM calls this once."""
@@ -106,6 +107,7 @@ class LandscapeEndpoint:
         config = engine_client.vllm_config
         transfer = config.weight_transfer_config
         model = config.model_config
+        self._workers = int(config.parallel_config.world_size)
         if getattr(transfer, "backend", None) == "landscape":
             access.refuse_development_mode()
         self._facts = {
@@ -274,8 +276,12 @@ class LandscapeEndpoint:
         with access.report_directory() as folder:
             await call(str(folder))
             reports = [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
-        if not reports:
-            raise RuntimeError("no worker left a report; workers on other machines are not supported yet")
+        # A checksum or a length of some of the workers would be taken for that of all.
+        if len(reports) != self._workers:
+            raise RuntimeError(
+                f"{len(reports)} of {self._workers} workers left a report; workers on other machines need a TMPDIR "
+                "that all machines share"
+            )
         return reports
 
     def _require(self, version: str | None) -> None:

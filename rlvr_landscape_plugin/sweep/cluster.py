@@ -6,16 +6,19 @@ write to one `output`, and the job that finishes last writes the datasets. Sendi
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlvr_landscape_plugin.config import StrictConfig, SweepConfig, dry_run_report, load_config
-from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, run_cli, suggest
+from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, run_cli, suggest, user_message
+from rlvr_landscape_plugin.serving.protocol import TOKEN_VARIABLE
 
 TIMEOUTS = 100
 """How often a job may reach its time limit, and continue, before submitit gives it up."""
@@ -32,6 +35,21 @@ class ClusterConfig(StrictConfig):
     """For submitit's `update_parameters`, such as { slurm_partition = "gpu", gpus_per_node = 1, timeout_min = 600 }."""
     folder: Path | None = None
     """submitit's logs and job files; default: `jobs` in `output`."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _parsed(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Tables and lists of one parameter, which a command line gives as JSON."""
+        return {key: _parsed(f"cluster.parameters.{key}", value) for key, value in parameters.items()}
+
+
+def _parsed(key: str, value: Any) -> Any:
+    if not (isinstance(value, str) and value.lstrip().startswith(("{", "["))):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{key} = {value!r} is not JSON: {error.msg} at character {error.pos + 1}") from error
 
 
 class ClusterSweepConfig(SweepConfig):
@@ -69,17 +87,46 @@ class ShardJob:
 
     def __call__(self, config: dict[str, Any]) -> list[str]:
         """Measure; returns the datasets that this job wrote or found."""
-        from rlvr_landscape_plugin.display import Display
-        from rlvr_landscape_plugin.sweep import run_sweep
+        from rlvr_landscape_plugin.sweep.command import run_to_end
 
-        with Display() as display:
-            return [str(path) for path in asyncio.run(run_sweep(SweepConfig.model_validate(config), display))]
+        # submitit raises again what a job raises, which ends its process with a traceback of submitit's own code.
+        sys.excepthook = _show_error
+        return [str(path) for path in run_to_end(SweepConfig.model_validate(config))]
 
     def checkpoint(self, config: dict[str, Any]) -> Any:
         """submitit's hook before a time-out or preemption: the journal is the checkpoint."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, config)
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """What ends a job's log: one message for a user's error, as a sweep without jobs shows it."""
+    message = user_message(error)
+    if message is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(message, file=sys.stderr)
+
+
+def _said(job: Any) -> str:
+    """The error with which a failed job ended, from its log; otherwise submitit's."""
+    _, found, message = (job.stderr() or "").rpartition("\nerror: ")
+    return message.strip() if found else str(job.exception())
+
+
+@contextlib.contextmanager
+def _token_in_environment(token: str | None) -> Iterator[None]:
+    """Jobs inherit the environment, which nobody else can read; submitit's job files are readable."""
+    before = os.environ.get(TOKEN_VARIABLE)
+    if token is not None:
+        os.environ[TOKEN_VARIABLE] = token
+    try:
+        yield
+    finally:
+        os.environ.pop(TOKEN_VARIABLE, None)
+        if before is not None:
+            os.environ[TOKEN_VARIABLE] = before
 
 
 def submit(config: ClusterSweepConfig) -> list[Any]:
@@ -90,10 +137,12 @@ def submit(config: ClusterSweepConfig) -> list[Any]:
         raise ConfigurationError("job arrays need submitit: pip install 'rlvr-landscape[cluster]'") from error
     folder = config.cluster.folder or Path(config.output) / "jobs"
     try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who can write to a pickle can run code in the job
         executor = submitit.AutoExecutor(folder=folder, cluster=config.cluster.executor, slurm_max_num_timeout=TIMEOUTS)
         executor.update_parameters(**{"name": "landscape", **config.cluster.parameters})
-        with executor.batch():
-            return [executor.submit(ShardJob(), part.model_dump(mode="json")) for part in config.jobs()]
+        with _token_in_environment(config.server.token), executor.batch():
+            parts = [part.model_dump(mode="json", exclude={"server": {"token"}}) for part in config.jobs()]
+            return [executor.submit(ShardJob(), part) for part in parts]
     except (NameError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise ConfigurationError(f"submitit refuses these jobs (cluster.*): {error}") from error
 
@@ -114,7 +163,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             if failures:
                 raise LandscapeError(
                     f"{len(failures)} of {len(jobs)} shards failed; finished points are kept, the same command "
-                    f"continues. The first: {failures[0].exception()}"
+                    f"continues. The first: {_said(failures[0])}"
                 )
             print("\n".join(sorted({path for job in jobs for path in job.result()})))
         suggest(f"rlvr-landscape {'report' if config.cluster.executor == 'local' else 'status'} {config.output}")

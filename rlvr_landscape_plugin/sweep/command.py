@@ -10,6 +10,7 @@ import errno
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rlvr_landscape_plugin.config import SweepConfig, dry_run_report, load_config
 from rlvr_landscape_plugin.errors import StoreError, run_cli, suggest
@@ -30,17 +31,25 @@ def start(config: SweepConfig) -> None:
         print(dry_run_report(config))
         return
 
+    written = run_to_end(config)
+    suggest(f"rlvr-landscape {'report' if written else 'status'} {config.output}")
+
+
+def run_to_end(config: SweepConfig) -> list[Path]:
+    """Run a sweep in an event loop and with a display of its own; returns the datasets' paths.
+
+    A lack of files, memory or disk space becomes a `StoreError`.
+    """
     from rlvr_landscape_plugin.display import Display
     from rlvr_landscape_plugin.sweep.follow import follow_run
     from rlvr_landscape_plugin.sweep.run import run_sweep
 
     try:
         with Display() as display:
-            written = asyncio.run((run_sweep if config.follow is None else follow_run)(config, display))
+            return asyncio.run((run_sweep if config.follow is None else follow_run)(config, display))
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
         raise StoreError(
             f"the operating system refused: {error}; finished points are kept, the same command continues"
         ) from error
-    suggest(f"rlvr-landscape {'report' if written else 'status'} {config.output}")

@@ -265,6 +265,10 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
             "{{ m.content }}{% endfor %}",
             "cannot render a conversation with the roles system, user: TemplateError: no system role",
         ),
+        (
+            "{{ messages.__class__.__mro__[-1].__subclasses__() }}",
+            "cannot render a conversation with the roles user: SecurityError: access to attribute '__class__'",
+        ),
         ("", "no chat template"),
         ("{{ '' }}", "makes no token of a prompt"),
     ],

@@ -55,7 +55,9 @@ class Flat:
 class Engine:
     """The front end of vLLM and its one worker, as far as weight updates go."""
 
-    def __init__(self, backend: str = "landscape", logprobs_mode: str = "raw_logprobs", versions: bool = True) -> None:
+    def __init__(
+        self, backend: str = "landscape", logprobs_mode: str = "raw_logprobs", versions: bool = True, workers: int = 1
+    ) -> None:
         self.active, self.version, self.paused = False, "default", False
         self.outcomes: list[str | Exception] = []
         """What the next updates do: the worker's word of the weights, or an error; empty: moved."""
@@ -67,7 +69,7 @@ class Engine:
             weight_transfer_config=SimpleNamespace(backend=backend),
             model_config=model,
             device_config=SimpleNamespace(device_type="cpu"),
-            parallel_config=SimpleNamespace(tensor_parallel_size=1),
+            parallel_config=SimpleNamespace(tensor_parallel_size=workers, world_size=workers),
             cache_config=SimpleNamespace(enable_prefix_caching=True),
         )
         self.engine_core = SimpleNamespace(pause_scheduler_async=self._pause)
@@ -207,6 +209,15 @@ async def test_a_session_that_a_lost_move_left_open_is_closed_by_the_next(serve,
     engine.update_weights = real  # type: ignore[method-assign]
     assert (await move(client)).status_code == 200
     assert await state(client) == ("clean", [0.1, 0.0])
+
+
+async def test_reports_of_some_of_the_workers_are_not_taken_for_all(serve, tmp_path):
+    client, _ = await serve(workers=2)
+    with pytest.raises(RuntimeError, match=r"1 of 2 workers left a report; .* need a TMPDIR that all machines share"):
+        await load(client, tmp_path)
+    with pytest.raises(RuntimeError, match="1 of 2 workers"):
+        await client.get("/checksums")
+    assert await state(client) == ("unknown", None)
 
 
 async def test_weights_that_somebody_else_updated_are_unknown(serve, tmp_path):

@@ -116,6 +116,6 @@ def test_a_dataset_that_the_system_does_not_let_be_read_is_not_called_damaged(jo
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr("rlvr_landscape_plugin.store.dataset.find_checksum", refuse)
-    with pytest.raises(StoreError, match="cannot be read: .*Too many open files; nothing was changed"):
+    with pytest.raises(StoreError, match=r"cannot be read: .*Too many open files; nothing was changed"):
         holds(journal, dataset)
     assert dataset.exists()

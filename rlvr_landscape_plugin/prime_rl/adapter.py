@@ -55,6 +55,24 @@ class LossKwargs(StrictConfig):
         return text
 
 
+def arguments_of(command: list[str]) -> list[str]:
+    """A Python program's own arguments in the command that started it (`sys.orig_argv`), without the interpreter's.
+
+    >>> arguments_of(["python", "-u", "-X", "utf8", "-m", "prime_rl.trainer.rl.train", "@", "trainer.json"])
+    ['@', 'trainer.json']
+    """
+    words = iter(command[1:])
+    for word in words:
+        if word in ("-X", "-W"):
+            next(words, None)
+        elif word in ("-m", "-c"):
+            next(words, None)
+            break
+        elif not word.startswith("-"):
+            break
+    return list(words)
+
+
 class Sequence(Protocol):
     """prime-rl's `LossInputs`: torch tensors of shape (token,), float32 but for the mask.
 

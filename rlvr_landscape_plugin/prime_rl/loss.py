@@ -2,7 +2,8 @@
 and installs the snapshot hook; prime-rl imports it once in every trainer rank, before the first weight broadcast.
 
 prime-rl passes `[trainer.loss.kwargs]` with each call only, and step 0 is broadcast before the first call. So the
-configuration is read here as the trainer reads it: by its own class, from its own command line.
+configuration is read here as the trainer reads it: by its own class, from its own command line. That is taken from
+`sys.orig_argv`, because prime-rl's W&B monitor replaces `sys.argv` by the launcher's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_config import ConfigFileError
 
 from rlvr_landscape_plugin.errors import ConfigurationError
-from rlvr_landscape_plugin.prime_rl.adapter import LossKwargs, build_objective, sequence_loss
+from rlvr_landscape_plugin.prime_rl.adapter import LossKwargs, arguments_of, build_objective, sequence_loss
 from rlvr_landscape_plugin.prime_rl.snapshots import install
 
 IMPORT_PATH = f"{__name__}.policy_loss"
@@ -25,11 +26,11 @@ IMPORT_PATH = f"{__name__}.policy_loss"
 
 def _configuration() -> TrainerConfig:
     try:
-        config = cli(TrainerConfig)
+        config = cli(TrainerConfig, args=arguments_of(sys.orig_argv))
     except (SystemExit, ConfigFileError) as error:
         raise ConfigurationError(
             f"{__name__} belongs into prime-rl's trainer, whose configuration it reads from the command line; "
-            f"{' '.join(sys.argv)!r} has none. Elsewhere use rlvr_landscape_plugin.prime_rl.adapter"
+            f"{' '.join(sys.orig_argv)!r} has none. Elsewhere use rlvr_landscape_plugin.prime_rl.adapter"
         ) from error
     if not isinstance(config.loss, CustomLossConfig) or config.loss.import_path != IMPORT_PATH:
         raise ConfigurationError(

@@ -29,7 +29,7 @@ from rlvr_landscape_plugin.snapshot import SHIPPED, open_snapshot, read_tensor, 
 ROOT = Path(__file__).parents[2]
 CPU = Path(__file__).parent / "prime_rl_cpu"
 POLICY = SHIPPED["tiny-sorter"]
-LIMIT = 400.0
+LIMIT = 600.0
 """Seconds that one run may take; a quiet machine of two cores needs about 70."""
 
 

@@ -26,7 +26,13 @@ from rlvr_landscape_plugin.errors import ConfigurationError
 from rlvr_landscape_plugin.files import file_sha256
 from rlvr_landscape_plugin.objectives import configure
 from rlvr_landscape_plugin.prime_rl import snapshots, versions
-from rlvr_landscape_plugin.prime_rl.adapter import LossKwargs, ObjectiveTable, build_objective, sequence_loss
+from rlvr_landscape_plugin.prime_rl.adapter import (
+    LossKwargs,
+    ObjectiveTable,
+    arguments_of,
+    build_objective,
+    sequence_loss,
+)
 from rlvr_landscape_plugin.prime_rl.lora import check_adapter
 from rlvr_landscape_plugin.snapshot import SHIPPED, open_snapshot
 
@@ -243,6 +249,19 @@ def test_kwargs_are_checked(given, reason):
 
 def test_none_keeps_no_snapshots():
     assert LossKwargs(snapshots="None").snapshots is None
+
+
+@pytest.mark.parametrize("program", [["-m", "prime_rl.trainer.rl.train"], ["-X", "utf8", "train.py"], ["/bin/trainer"]])
+def test_the_trainers_arguments_are_found_in_its_command(program):
+    """prime-rl's W&B monitor puts the launcher's command line into `sys.argv`."""
+    given = ["@", "configs/trainer.json", "--max-steps", "3"]
+    assert arguments_of(["python", "-u", *program, *given]) == given
+
+
+def test_the_interpreter_keeps_the_command_that_started_it():
+    code = "import sys; from rlvr_landscape_plugin.prime_rl.adapter import arguments_of as a; print(a(sys.orig_argv))"
+    done = subprocess.run([sys.executable, "-u", "-c", code, "@", "trainer.json"], capture_output=True, text=True)
+    assert done.stdout.strip() == "['@', 'trainer.json']", done.stderr
 
 
 # The hook, around a broadcast class of this file

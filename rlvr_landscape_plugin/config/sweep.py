@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,7 +172,13 @@ class SweepConfig(StrictConfig):
     output: Path = Path("outputs/sweep")
     """Directory of the journal and the datasets."""
     snapshots: list[str] = Field(default=["tiny-sorter"], min_length=1)
-    """Hugging Face checkpoint directories, or `tiny-sorter`, the policy shipped with the package."""
+    """Snapshots: Hugging Face checkpoint directories and PEFT adapters, runs that hold them, patterns, Hub ids with a
+    revision (`org/name@main`), or `tiny-sorter`, the policy shipped with the package; see docs/checkpoints.md."""
+    base_model: str | None = None
+    """The model that adapters among the snapshots belong to, as one of `snapshots`; default: the one that their
+    adapter_config.json names."""
+    allow_equal_snapshots: bool = False
+    """Measure snapshots of different steps also where they have the same weights."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of all sampling: the same (prompt, rollout, turn) draws the same noise at every point."""
     design: str = "grid"
@@ -259,7 +266,7 @@ class SweepConfig(StrictConfig):
             mode="json",
             exclude={
                 *("output", "snapshots", "save_traces", "shard", "until_ci_width", "until_ci_of", "dry_run", "server"),
-                *("follow", "follow_patience"),
+                *("follow", "follow_patience", "base_model", "allow_equal_snapshots"),
             },
         )
         # A slice's own seed is part of its identity, the list of all of them is not.
@@ -328,10 +335,14 @@ def points_of(config: SweepConfig) -> tuple[str, int, int]:
     return "the checkpoint itself" if config.design == "boundary" else "as its designer says", 0, 1
 
 
-def dry_run_report(config: SweepConfig) -> str:
-    """The resolved configuration, the number of points, an upper bound on the tokens, and the disk space."""
+def dry_run_report(config: SweepConfig, found: Sequence[tuple[int, Path]] | None = None) -> str:
+    """The resolved configuration, the number of points, an upper bound on the tokens, and the disk space.
+
+    `found`: step and directory of each snapshot that `snapshots` names; default: one for each entry.
+    """
+    snapshots = len(config.snapshots) if found is None else len(found)
     described, points, datasets = points_of(config)
-    count = len(config.snapshots) * datasets
+    count = snapshots * datasets
     env = config.env
     episodes = count * env.num_prompts * (points * env.rollouts + env.own_rollouts)
     scored = count * env.num_prompts * env.own_rollouts * (points + 1) * config.server.max_model_len
@@ -340,15 +351,12 @@ def dry_run_report(config: SweepConfig) -> str:
     disk = count * points * env.num_prompts * max(env.rollouts, env.own_rollouts) * 9 * 4 * 2
     most = "at most " if config.until_ci_width is not None else ""
     probes = "" if config.grid.find is None else ", ranges to be found by probes"
-    of = (
-        f"{len(config.snapshots)} snapshots × {datasets} seeds"
-        if datasets > 1
-        else f"{len(config.snapshots)} snapshots"
-    )
+    of = f"{snapshots} snapshots × {datasets} seeds" if datasets > 1 else f"{snapshots} snapshots"
     own = "" if env.base_rollouts is None else f", {env.base_rollouts} of the checkpoint's own"
     return "\n".join(
         [
             json.dumps(dump, indent=2),
+            *(f"snapshot    step {step}: {path}" for step, path in found or ()),
             f"{config.design:<11} {most}{described}, {count} datasets ({of}){probes}",
             f"episodes    {most}{episodes:,} ({env.num_prompts} prompts × {env.rollouts} rollouts per point{own})",
             f"sampled     at most {episodes * config.sampling.max_tokens:,} tokens per turn of an episode",

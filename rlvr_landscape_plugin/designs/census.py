@@ -147,9 +147,7 @@ def _unit(config: SweepConfig, around: Surroundings, theta: float) -> tuple[floa
 
 def _displacement(snapshot: Snapshot, around: Surroundings) -> float:
     """‖θ_t − θ_0‖ over the tensors that move, float64."""
-    if 0 not in around.trajectory.paths:
-        raise SnapshotError(f"{around.trajectory.folder} has no snapshot of step 0")
-    first = around.trajectory.open(0)
+    first = around.trajectory.start()
     total = 0.0
     for name in snapshot.tensors:
         total += squared(snapshot.read(name).astype(np.float64) - first.read(name))

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from rlvr_landscape_plugin.errors import SnapshotError
-from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, find_snapshots, open_snapshot, step_of_name
+from rlvr_landscape_plugin.snapshot import (
+    Snapshot,
+    compare_tensors,
+    find_snapshots,
+    open_snapshot,
+    run_directory,
+    step_of_path,
+)
 
 
 @dataclass(frozen=True)
@@ -33,14 +40,14 @@ class Trajectory:
 
         Raises `SnapshotError` when `run` is given and holds none.
         """
-        folder = Path(run) if run is not None else origin.path.parent
+        folder = Path(run) if run is not None else run_directory(origin.path)
         try:
             found = find_snapshots(folder)
         except SnapshotError as error:
             if run is not None:
                 raise SnapshotError(f"slice.run: {error}") from error
             found = []
-        paths = {step_of_name(path): path.resolve() for path in found if path.name.startswith("step_")}
+        paths = {step: path.resolve() for path in found if (step := step_of_path(path)) is not None}
         return cls(origin, folder, paths, {} if known is None else known)
 
     def open(self, step: int) -> Snapshot:
@@ -48,9 +55,15 @@ class Trajectory:
         if step == self.origin.step:
             return self.origin
         path = self.paths[step]
-        snapshot = self.known[path] = self.known.get(path) or open_snapshot(path)
+        snapshot = self.known[path] = self.known.get(path) or open_snapshot(path, self.origin.base)
         if snapshot.step != step:
             raise SnapshotError(f"{snapshot.path} says step {snapshot.step} in its manifest.json; rename the directory")
+        adapters = [s.adapter.base_name for s in (self.origin, snapshot) if s.adapter is not None]
+        if len(set(adapters)) > 1:
+            raise SnapshotError(
+                f"{snapshot.path} is an adapter of {adapters[1]}, {self.origin.path} of {adapters[0]}: their "
+                "difference is no step of training"
+            )
         compare_tensors(self.origin.shapes, snapshot, f"the snapshot {self.origin.path}")
         ours, theirs = (s.manifest.run if s.manifest is not None else "" for s in (self.origin, snapshot))
         if ours and theirs and ours != theirs:
@@ -64,6 +77,14 @@ class Trajectory:
         """Snapshot 0 of the run; raises `SnapshotError` saying where it was looked for."""
         if self.origin.step == 0:
             raise SnapshotError(f"{self.origin.path.name} is step 0 itself: nothing has moved yet")
+        return self.start()
+
+    def start(self) -> Snapshot:
+        """Snapshot 0 of the run, also where it is the origin; where an adapter's run kept none, its base model, from
+        which it started. Raises `SnapshotError` saying where it was looked for.
+        """
+        if 0 not in self.paths and self.origin.base is not None:
+            return replace(self.origin.base, step=0)
         if 0 not in self.paths:
             raise SnapshotError(f"{self.folder} has no snapshot of step 0; name the run's directory with slice.run")
         return self.open(0)

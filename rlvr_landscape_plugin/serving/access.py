@@ -57,9 +57,9 @@ def confined(given: str | Path, what: str) -> Path:
     return path
 
 
-def confined_snapshot(given: str | Path) -> Path:
+def confined_snapshot(given: str | Path, what: str = "snapshot") -> Path:
     """`confined` for a snapshot and all of its files, links and names in its index among them."""
-    path = confined(given, "snapshot")
+    path = confined(given, what)
     if not path.is_dir():
         return path  # whoever reads it says what is wrong
     names = {entry.name for entry in path.iterdir()}

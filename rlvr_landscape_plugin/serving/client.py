@@ -141,13 +141,17 @@ class LandscapeClient:
         """SHA-256 per parameter in kernel layout, one dict per worker."""
         return (await self._json("GET", "/landscape/checksums"))["workers"]
 
-    async def load(self, snapshot: str, slice_: JsonObject, directions: Mapping[str, str] | None = None) -> JsonObject:
+    async def load(
+        self, snapshot: str, slice_: JsonObject, directions: Mapping[str, str] | None = None, base: str = ""
+    ) -> JsonObject:
         """Let the server load a snapshot directory and a slice; move before sampling.
 
-        `directions`: the file of each axis whose direction is not drawn. All paths are on the server's file system.
+        `directions`: the file of each axis whose direction is not drawn. `base`: the directory of the model that an
+        adapter belongs to. All paths are on the server's file system.
         """
         self.version = None
         body = {"snapshot": snapshot, "slice": slice_, "directions": dict(directions or {})}
+        body |= {"base": base} if base else {}
         facts = await self._json("POST", "/landscape/load", body)
         self._load = facts["load"]
         return facts

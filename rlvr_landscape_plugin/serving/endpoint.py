@@ -178,6 +178,7 @@ class LandscapeEndpoint:
         call = await _body(request, LoadCall)
         try:
             path = access.confined_snapshot(call.snapshot)
+            base = str(access.confined_snapshot(call.base, "base model")) if call.base else ""
             files = {axis: str(access.confined(file, f"direction {axis}")) for axis, file in call.directions.items()}
         except access.AccessError as error:
             raise HTTPException(error.status, str(error)) from error
@@ -185,7 +186,13 @@ class LandscapeEndpoint:
             reports = await self._with_reports(
                 lambda folder: self._engine.init_weight_transfer_engine(
                     WeightTransferInitRequest(
-                        {"snapshot": str(path), "slice": call.slice, "directions": files, "report": folder}
+                        {
+                            "snapshot": str(path),
+                            "base": base,
+                            "slice": call.slice,
+                            "directions": files,
+                            "report": folder,
+                        }
                     )
                 )
             )

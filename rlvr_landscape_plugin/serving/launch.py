@@ -26,7 +26,7 @@ from pathlib import Path
 import aiohttp
 
 from rlvr_landscape_plugin.config import LaunchConfig, ServerConfig, load_config
-from rlvr_landscape_plugin.errors import ServerError, run_cli, suggest
+from rlvr_landscape_plugin.errors import ServerError, SnapshotError, run_cli, suggest
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import (
     DIRECTIONS_MEMORY_VARIABLE,
@@ -188,6 +188,11 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 async def serve(config: LaunchConfig) -> None:
     """Run a server until this task is cancelled; says where it is."""
     snapshot = open_snapshot(config.model)
+    if snapshot.base is not None:
+        raise SnapshotError(
+            f"model = {config.model!r} is an adapter; serve its base model ({snapshot.base.path}), and let a sweep "
+            "name the adapter"
+        )
     roots = [root.resolve() for root in config.roots] or [snapshot.path.parent]
     log = config.server.log or Path("outputs") / "server.log"
     print(f"starting a server for {snapshot.path} (log: {log})", flush=True)

@@ -32,6 +32,8 @@ class LoadCall(msgspec.Struct, forbid_unknown_fields=True):
     slice: dict[str, Any]
     directions: dict[str, str] = {}
     """Axis → file of its direction, on the server's file system, for each axis that is not drawn from the seed."""
+    base: str = ""
+    """Directory of the model that `snapshot` belongs to, if that is an adapter."""
 
 
 class MoveCall(msgspec.Struct, forbid_unknown_fields=True):

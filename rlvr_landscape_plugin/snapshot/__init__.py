@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 
 from rlvr_landscape_plugin.files import file_sha256
+from rlvr_landscape_plugin.snapshot.adapter import Adapter, read_adapter
+from rlvr_landscape_plugin.snapshot.layouts import find_snapshots, run_directory, step_of_path
 from rlvr_landscape_plugin.snapshot.manifest import MANIFEST, Manifest
+from rlvr_landscape_plugin.snapshot.references import SHIPPED, expand
 from rlvr_landscape_plugin.snapshot.snapshot import (
-    SHIPPED,
     Snapshot,
     compare_tensors,
-    find_snapshots,
     open_snapshot,
     snapshot_name,
-    step_of_name,
     write_snapshot,
 )
 from rlvr_landscape_plugin.snapshot.tensors import (
@@ -22,20 +22,24 @@ from rlvr_landscape_plugin.snapshot.tensors import (
 )
 
 __all__ = [
+    "Adapter",
     "MANIFEST",
     "Manifest",
     "SHIPPED",
     "Snapshot",
     "TensorInfo",
     "compare_tensors",
+    "expand",
     "file_sha256",
     "find_snapshots",
     "main",
     "open_snapshot",
+    "read_adapter",
     "read_tensor",
+    "run_directory",
     "safetensors_header",
     "snapshot_name",
-    "step_of_name",
+    "step_of_path",
     "write_safetensors",
     "write_snapshot",
 ]

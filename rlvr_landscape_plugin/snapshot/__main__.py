@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlvr_landscape_plugin.errors import SnapshotError, run_cli, suggest
-from rlvr_landscape_plugin.snapshot import Manifest, find_snapshots, open_snapshot
+from rlvr_landscape_plugin.snapshot import Manifest, find_snapshots, open_snapshot, step_of_path
 
 
-def _print_table(path: Path, verify: bool) -> None:
-    """One row per snapshot; raises `SnapshotError` with every problem found, after the table."""
+def _print_table(path: Path, verify: bool, base: str | None) -> None:
+    """One row per snapshot; `base`: the model of adapters that do not name it.
+
+    Raises `SnapshotError` with every problem found, after the table.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -22,12 +25,12 @@ def _print_table(path: Path, verify: bool) -> None:
     problems, folders = [], find_snapshots(path)
     for folder in folders:
         try:
-            snapshot = open_snapshot(folder)
+            snapshot = open_snapshot(folder, base)
             if verify:
                 snapshot.verify()
         except SnapshotError as error:
             problems.append(str(error))
-            table.add_row(folder.name.removeprefix("step_").lstrip("0") or "0", "[red]refused[/red]")
+            table.add_row(str(step_of_path(folder) or 0), "[red]refused[/red]")
             continue
         manifest = snapshot.manifest or Manifest(snapshot.step)
         state = "verified" if verify else ("complete" if manifest.files else "no checksums")
@@ -45,7 +48,7 @@ def _print_table(path: Path, verify: bool) -> None:
     Console().print(table)
     if problems:
         raise SnapshotError("\n       ".join(problems))
-    measured = folders[0] if len(folders) == 1 else f"{folders[0].parent}/step_*"
+    measured = folders[0] if len(folders) == 1 else path
     suggest(f"rlvr-landscape sweep --snapshots {measured} --output outputs/NAME --dry-run")
 
 
@@ -58,8 +61,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run's directory, its snapshots/, or one snapshot"
     )
+    parser.add_argument(
+        "--base-model", metavar="DIR", help="the model that adapters belong to; default: the one that they name"
+    )
     given = parser.parse_args(argv)
-    return run_cli(lambda: _print_table(given.run_dir, given.command == "verify"))
+    return run_cli(lambda: _print_table(given.run_dir, given.command == "verify", given.base_model))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def check_architecture(snapshot: Snapshot) -> str | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(str(snapshot.path), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(snapshot.model), local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:

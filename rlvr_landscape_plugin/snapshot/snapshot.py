@@ -3,10 +3,12 @@
     python -m rlvr_landscape_plugin.snapshot ls outputs/laptop
     python -m rlvr_landscape_plugin.snapshot verify outputs/laptop
 
-A directory from any source can be used. A trainer that wants checksums writes with `write_snapshot`: the directory then
-has a `manifest.json` with the SHA-256 of every file, and from there on a file that is missing, foreign or different is
-refused by name, in two stages so that nothing big is read twice. `open_snapshot` checks names, sizes and every small
-file; `Snapshot.sha256`, which a sweep and a server compute anyway, compares the weights.
+A directory from any source can be used: a whole model, or a LoRA adapter beside the base model that it belongs to
+(adapter.py); then every tensor is read as base and adapter together. A trainer that wants checksums writes with
+`write_snapshot`: the directory then has a `manifest.json` with the SHA-256 of every file, and from there on a file that
+is missing, foreign or different is refused by name, in two stages so that nothing big is read twice. `open_snapshot`
+checks names, sizes and every small file; `Snapshot.sha256`, which a sweep and a server compute anyway, compares the
+weights.
 
 Reading and writing need neither torch nor transformers: the trainer fills the directory, and this module adds the
 manifest and publishes it. Nothing here changes a snapshot that exists.
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,13 +27,11 @@ import numpy as np
 
 from rlvr_landscape_plugin.errors import SnapshotError
 from rlvr_landscape_plugin.files import file_sha256, publish_directory
+from rlvr_landscape_plugin.snapshot.adapter import CONFIG, Adapter, read_adapter
 from rlvr_landscape_plugin.snapshot.manifest import FORMAT, MANIFEST, FileEntry, Manifest, outside
+from rlvr_landscape_plugin.snapshot.references import SHIPPED, hub_directory, locate
 from rlvr_landscape_plugin.snapshot.tensors import DTYPES, TensorInfo, read_tensor, safetensors_header
 
-SHIPPED = {"tiny-sorter": Path(__file__).parents[1] / "policies" / "tiny_sorter"}
-"""Policies that come with the package, by the name a configuration uses."""
-
-_STEP = re.compile(r"step_(\d+)$")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -46,6 +45,17 @@ class Snapshot:
     tensors: Mapping[str, TensorInfo]
     manifest: Manifest | None = None
     """The manifest of its writer; None for a directory without `manifest.json`."""
+    tells_step: bool = True
+    """Whether a manifest or a name told the step; otherwise it counts as 0."""
+    adapter: Adapter | None = None
+    """What is in the directory, if that is a LoRA adapter."""
+    base: Snapshot | None = None
+    """The model that the adapter belongs to."""
+
+    @property
+    def model(self) -> Path:
+        """The directory of the configuration, the tokenizer and the chat template: an adapter's are its base's."""
+        return self.path if self.base is None else self.base.path
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -54,16 +64,22 @@ class Snapshot:
 
     @property
     def files(self) -> list[Path]:
-        """The safetensors files, sorted."""
+        """The safetensors files in its own directory, sorted."""
+        if self.adapter is not None:
+            return [self.adapter.file]
         return sorted({info.file for info in self.tensors.values()})
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over config.json and every weight file (names and bytes).
+        """Hash over config.json and every weight file (names and bytes); of an adapter over its base's and its own.
 
         Raises `SnapshotError` naming the file where a manifest promises other bytes.
         """
         digest = hashlib.sha256()
+        if self.adapter is not None and self.base is not None:
+            self._checked_digest(self.adapter.file)
+            digest.update(f"adapter\x00{self.base.sha256}\x00{self.adapter.meaning}".encode())
+            return digest.hexdigest()
         for file in [self.path / "config.json", *self.files]:
             digest.update(file.name.encode() + b"\x00")
             digest.update(self._checked_digest(file))
@@ -101,12 +117,6 @@ def _compare(file: Path, found: str, expected: str) -> None:
             f"{file} is not the file that {MANIFEST} names: SHA-256 {found[:12]}… on disk, {expected[:12]}… expected; "
             "copy the snapshot again"
         )
-
-
-def step_of_name(path: Path) -> int:
-    """The step in a directory's name, 0 if there is none."""
-    match = _STEP.search(path.name)
-    return int(match.group(1)) if match else 0
 
 
 def _contents(path: Path) -> list[str]:
@@ -152,33 +162,78 @@ def _check_contents(path: Path, manifest: Manifest) -> None:
         raise SnapshotError(f"{path / foreign[0]} is not among the files of {MANIFEST}; remove it or copy again")
 
 
-def open_snapshot(reference: str | Path) -> Snapshot:
-    """The snapshot behind a directory path or a shipped name.
+def open_snapshot(reference: str | Path, base: str | Path | Snapshot | None = None) -> Snapshot:
+    """The snapshot behind a directory path, a Hub id with its revision, or a shipped name.
 
-    The step comes from `manifest.json`, else from a directory name like `step_000010`, else it is 0. Raises
-    `SnapshotError` naming the file for: no such directory, no config, no safetensors, a shard or tensor that the index
-    promises and the files lack, a tensor in two files, weights that are no floating-point numbers, a truncated file, a
-    link that leads out of the directory, and, where the manifest has checksums, a file that is missing, foreign or
-    different (weights: in size; their bytes are compared by `sha256` and `verify`).
+    `base`: the model that an adapter belongs to, where its adapter_config.json does not name it, or names it for
+    another machine; of no effect on a whole model. The step comes from `manifest.json`, else from a name like
+    `step_000010` or `checkpoint-10` (layouts.py), else it is 0.
+
+    Raises `SnapshotError` naming the file for: no such directory, no config, no safetensors, a shard or tensor that the
+    index promises and the files lack, a tensor in two files, weights that are no floating-point numbers, a truncated
+    file, a link that leads out of the directory, an adapter that is not supported (adapter.py) or does not fit its
+    base, and, where the manifest has checksums, a file that is missing, foreign or different (weights: in size; their
+    bytes are compared by `sha256` and `verify`).
     """
-    given = SHIPPED.get(str(reference), Path(reference))
-    try:
-        path = given.expanduser().resolve()
-        found = path.is_dir()
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory, or a link that leads to itself
-        raise SnapshotError(f"snapshot {str(reference)!r} cannot be opened: {error}") from error
-    if not found:
+    path, named = locate(reference)
+    whole, adapted = _inside(path, path / "config.json").is_file(), (path / CONFIG).is_file()
+    if not whole and not adapted:
         raise SnapshotError(
-            f"snapshot {str(reference)!r} is not a directory ({path}); give a Hugging Face checkpoint directory "
-            f"or one of {', '.join(sorted(SHIPPED))}"
+            f"{path} has no config.json; a snapshot is a whole Hugging Face checkpoint directory, or an adapter with "
+            f"an {CONFIG}"
         )
-    if not _inside(path, path / "config.json").is_file():
-        raise SnapshotError(f"{path} has no config.json; a snapshot is a whole Hugging Face checkpoint directory")
     manifest = Manifest.read(_inside(path, path / MANIFEST)) if (path / MANIFEST).is_file() else None
     if manifest is not None and manifest.files:
         _check_contents(path, manifest)
-    tensors = _read_headers(path)
-    return Snapshot(path, step_of_name(path) if manifest is None else manifest.step, tensors, manifest)
+    step = named if manifest is None else manifest.step
+    known = step is not None
+    if not adapted:
+        return Snapshot(path, step or 0, _read_headers(path), manifest, known)
+    models = [file.name for file in path.glob("*.safetensors") if not file.name.startswith("adapter")]
+    if models:
+        raise SnapshotError(
+            f"{path} holds an adapter ({CONFIG}) and {models[0]}: which of them is the policy is not clear; move one "
+            "of them to a directory of its own"
+        )
+    for name in (CONFIG, "adapter_model.safetensors"):
+        _inside(path, path / name)
+    adapter = read_adapter(path)
+    model = base if isinstance(base, Snapshot) else _open_base(adapter, base)
+    return Snapshot(path, step or 0, adapter.merged(model.tensors), manifest, known, adapter, model)
+
+
+def _open_base(adapter: Adapter, given: str | Path | None) -> Snapshot:
+    """The model that an adapter belongs to: the one given, else the directory or Hub id that its configuration names.
+
+    A relative directory is one below the working directory, or below the adapter's own.
+    """
+    named = adapter.base_name
+    if given is not None:
+        reference: str | Path = given
+    elif not named:
+        raise SnapshotError(f"{adapter.path / CONFIG} names no base model; give it with --base-model")
+    else:
+        places = (Path(named).expanduser(), adapter.path / named)
+        found = None if named in SHIPPED else next((place for place in places if place.is_dir()), None)
+        reference = named if found is None else found
+    try:
+        if given is None and found is None and named not in SHIPPED:
+            reference = _base_on_hub(adapter)
+        model = open_snapshot(reference)
+    except SnapshotError as error:
+        raise SnapshotError(
+            f"the base model {str(given or named)!r} of {adapter.path}: {error}; give its directory with --base-model"
+        ) from error
+    if model.adapter is not None:
+        raise SnapshotError(f"the base model {model.path} of {adapter.path} is an adapter itself; name a whole model")
+    return model
+
+
+def _base_on_hub(adapter: Adapter) -> Path:
+    """The directory of a base model that is named by its Hub id."""
+    if adapter.base_name.startswith((".", "/", "~")) or adapter.base_name.count("/") > 1:
+        raise SnapshotError("is not a directory on this machine")
+    return hub_directory(adapter.base_name, adapter.revision)
 
 
 def _read_headers(path: Path) -> dict[str, TensorInfo]:
@@ -277,22 +332,6 @@ def _same_files(target: Path, files: Mapping[str, FileEntry]) -> None:
             raise SnapshotError(
                 f"{target} exists with another {name}; a snapshot is never overwritten, give the run another directory"
             )
-
-
-def find_snapshots(path: Path) -> list[Path]:
-    """Snapshot directories of a run: `path/snapshots/step_*`, else `path/step_*`, else `path` itself, by step.
-
-    Raises `SnapshotError` where there are none.
-    """
-    if not path.is_dir():
-        raise SnapshotError(f"{path} is not a directory; give a run's directory, or one that holds step_<N>/")
-    for folder in (path / "snapshots", path):
-        found = [item for item in folder.glob("step_*") if item.is_dir() and _STEP.fullmatch(item.name)]
-        if found:
-            return sorted(found, key=step_of_name)
-    if (path / "config.json").is_file():
-        return [path]
-    raise SnapshotError(f"{path} holds no snapshots (step_<N>/ there, or in its snapshots/)")
 
 
 def compare_tensors(expected: Mapping[str, tuple[int, ...]], snapshot: Snapshot, model: str) -> None:

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from rlvr_landscape_plugin.config import StrictConfig, SweepConfig, dry_run_report, load_config
 from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, run_cli, suggest, user_message
 from rlvr_landscape_plugin.serving.protocol import TOKEN_VARIABLE
+from rlvr_landscape_plugin.sweep.snapshots import named_snapshots
 
 TIMEOUTS = 100
 """How often a job may reach its time limit, and continue, before submitit gives it up."""
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     def run() -> None:
         config = load_config(sys.argv[1:] if argv is None else argv, ClusterSweepConfig, prog)
         if config.dry_run:
-            print(dry_run_report(config))
+            print(dry_run_report(config, [(found.step, found.path) for found in named_snapshots(config)]))
             return
         jobs = submit(config)
         for job in jobs:

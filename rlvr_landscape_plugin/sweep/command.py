@@ -28,7 +28,9 @@ def start(config: SweepConfig) -> None:
     """Measure what `config` asks for, or say what it would cost; the last line names the next command."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if config.dry_run and config.follow is None:
-        print(dry_run_report(config))
+        from rlvr_landscape_plugin.sweep.snapshots import named_snapshots
+
+        print(dry_run_report(config, [(found.step, found.path) for found in named_snapshots(config)]))
         return
 
     written = run_to_end(config)

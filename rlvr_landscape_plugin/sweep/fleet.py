@@ -84,9 +84,9 @@ class Fleet:
                 name = "server.log" if config.shard is None else "server_{}of{}.log".format(*config.share)
                 log = Path(config.server.log or Path(config.output) / name)
                 say(f"starting a vLLM server for {first.path.name} (log: {log})")
-                roots = {snapshot.path for snapshot in self._snapshots}
+                roots = {path for snapshot in self._snapshots for path in (snapshot.path, snapshot.model)}
                 folders = [*sorted(roots), Path(config.output).resolve() / DIRECTIONS_FOLDER]
-                local = await stack.enter_async_context(local_server(config.server, first.path, folders, log))
+                local = await stack.enter_async_context(local_server(config.server, first.model, folders, log))
                 urls, token = [local.url], local.token
             elif not token:
                 raise ServerError(f"server.urls needs the servers' token: set server.token or {TOKEN_VARIABLE}")

@@ -23,7 +23,7 @@ from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER
 
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
 from rlvr_landscape_plugin.schedule import parse_schedule
-from rlvr_landscape_plugin.snapshot import Snapshot, find_snapshots, open_snapshot
+from rlvr_landscape_plugin.snapshot import Snapshot, find_snapshots, open_snapshot, step_of_path
 
 if TYPE_CHECKING:
     from rlvr_landscape_plugin.config import SweepConfig
@@ -49,7 +49,7 @@ async def follow_run(config: SweepConfig, display: Display) -> list[Path]:
         while scheduled is None or not scheduled <= measured.keys() | failed_steps(run):
             waiting = [path for path in snapshots_of(run) if path not in {Path(done) for done in _sources(measured)}]
             for path in waiting:
-                snapshot = whole(path)
+                snapshot = whole(path, config.base_model)
                 if scheduled is None:
                     scheduled = scheduled_steps(snapshot)
                     config = await stack.enter_async_context(_served(config, snapshot, display))
@@ -94,20 +94,18 @@ def check_followable(config: SweepConfig) -> None:
 
 def snapshots_of(run: Path) -> list[Path]:
     """The snapshots that are there now, by step; none while the run has not made its directory."""
-    if (run / "adapters").is_dir() and not (run / "snapshots").is_dir():
-        raise SnapshotError(
-            f"{run} keeps adapters of a LoRA run, which no server here loads; merge them into their model first, see "
-            "docs/prime-rl.md"
-        )
     try:
-        return [path for path in find_snapshots(run) if path.name.startswith("step_")]
+        return [path for path in find_snapshots(run) if step_of_path(path) is not None]
     except SnapshotError:
         return []
 
 
-def whole(path: Path) -> Snapshot:
-    """The snapshot in `path`, verified; one without a manifest may still be written and is refused."""
-    snapshot = open_snapshot(path)
+def whole(path: Path, base: str | None = None) -> Snapshot:
+    """The snapshot in `path`, verified; one without a manifest may still be written and is refused.
+
+    `base`: the model that adapters belong to, where they do not name it.
+    """
+    snapshot = open_snapshot(path, base)
     if snapshot.manifest is None:
         raise SnapshotError(
             f"{path} has no manifest.json, so nothing tells whether it is whole yet; follow only runs whose snapshots "
@@ -142,7 +140,7 @@ _PRIME_RL_DEFAULT = "0-10, 20-150:10"
 def failed_steps(run: Path) -> set[int]:
     """Steps whose snapshot the trainer could not write, from its failures.jsonl."""
     found: set[int] = set()
-    for file in (run / "snapshots" / "failures.jsonl", run / "failures.jsonl"):
+    for file in (run / folder / "failures.jsonl" for folder in ("snapshots", "adapters", ".")):
         if file.is_file():
             for line in file.read_text().splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half written
@@ -160,8 +158,8 @@ async def _served(config: SweepConfig, first: Snapshot, display: Display) -> Asy
 
     log = Path(config.server.log or Path(config.output) / "server.log")
     display.say(f"starting a vLLM server for the whole run (log: {log})")
-    folders = [first.path.parent, Path(config.output).resolve() / DIRECTIONS_FOLDER]
-    async with local_server(config.server, first.path, folders, log) as local:
+    folders = [first.path.parent, first.model, Path(config.output).resolve() / DIRECTIONS_FOLDER]
+    async with local_server(config.server, first.model, folders, log) as local:
         server = config.server.model_copy(update={"urls": [local.url], "token": local.token})
         yield config.model_copy(update={"server": server})
 

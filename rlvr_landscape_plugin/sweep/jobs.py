@@ -54,7 +54,8 @@ class Job:
         server.facts |= facts_to_keep(await client.info())
         server.meter = server.meter or self._meter(server)
         files = {axis: str(path) for axis, path in self._slice.files.items()}
-        facts = await client.load(str(snapshot.path), self._slice.spec.as_dict(), files)
+        base = "" if snapshot.base is None else str(snapshot.base.path)
+        facts = await client.load(str(snapshot.path), self._slice.spec.as_dict(), files, base)
         for key, ours in self._fingerprints.items():
             if facts[key] != ours:
                 raise ServerError(

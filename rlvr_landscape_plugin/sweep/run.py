@@ -22,16 +22,15 @@ from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.designs import Surroundings
 from rlvr_landscape_plugin.directions import AXES, Trajectory
 from rlvr_landscape_plugin.display import Display
-from rlvr_landscape_plugin.errors import ConfigurationError
 from rlvr_landscape_plugin.files import JsonObject
-from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
-from rlvr_landscape_plugin.snapshot.architecture import check_architecture
+from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
 from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, with_server_logs
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
 from rlvr_landscape_plugin.sweep.plan import Plan, make_plans, snapshot_identity
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
 from rlvr_landscape_plugin.sweep.provenance import dataset_annotations, dataset_attributes
+from rlvr_landscape_plugin.sweep.snapshots import open_snapshots
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
@@ -50,7 +49,7 @@ async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     snapshots = open_snapshots(config)
     env = open_environment(config.env.id, dict(config.env.taskset))
     tasks = load_tasks(env, config.env.num_prompts, runtime=config.env.runtime is not None)
-    check_chat([snapshot.path for snapshot in snapshots], tasks)
+    check_chat([snapshots[0].model, *(snapshot.path for snapshot in snapshots)], tasks)
     async with Fleet(config, snapshots, display) as fleet:
         return await Sweep(config, snapshots, env, tasks, fleet, display).run()
 
@@ -95,7 +94,7 @@ class Sweep:
         """Tokenizer and chat template, those of the first snapshot."""
         from rlvr_landscape_plugin.episodes import ChatFormat
 
-        return ChatFormat(self.snapshots[0].path)
+        return ChatFormat(self.snapshots[0].model)
 
     @property
     def reward_mode(self) -> str:
@@ -219,20 +218,3 @@ class Sweep:
         path = consolidate(plan.journal, plan.dataset, attributes, dataset_annotations(self.config, plan), plan.subset)
         self.display.say(f"dataset {path}")
         return path
-
-
-def open_snapshots(config: SweepConfig) -> list[Snapshot]:
-    """The snapshots of a sweep, each of another step and all of one architecture."""
-    snapshots = [open_snapshot(reference) for reference in config.snapshots]
-    steps: dict[int, Path] = {}
-    for snapshot in snapshots:
-        if snapshot.step in steps:
-            raise ConfigurationError(
-                f"snapshots {steps[snapshot.step]} and {snapshot.path} both say step {snapshot.step}; "
-                "name the directories step_<N> or give each a manifest.json with its step"
-            )
-        steps[snapshot.step] = snapshot.path
-        compare_tensors(snapshots[0].shapes, snapshot, f"the first snapshot ({snapshots[0].path.name})")
-    if reason := check_architecture(snapshots[0]):
-        logger.warning("cannot check the tensors of %s ahead of the server: %s", snapshots[0].path, reason)
-    return snapshots

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         train(config)
         suggest(
-            f"rlvr-landscape sweep --snapshots {config.output}/snapshots/step_* --output {config.output}/landscape",
+            f"rlvr-landscape sweep --snapshots {config.output} --output {config.output}/landscape",
             "with the [env] of this training",
         )
 

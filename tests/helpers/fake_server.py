@@ -187,7 +187,7 @@ class FakeServer:
 
     async def _load(self, body: bytes) -> dict[str, Any]:
         call = msgspec.json.decode(body, type=LoadCall)
-        snapshot, spec = open_snapshot(call.snapshot), SliceSpec(**call.slice)
+        snapshot, spec = open_snapshot(call.snapshot, call.base or None), SliceSpec(**call.slice)
         self._loaded = {
             "load": uuid.uuid4().hex[:12],
             "snapshot": call.snapshot,

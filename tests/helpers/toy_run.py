@@ -1,7 +1,8 @@
-"""A training run of a few snapshots, made in a second: tiny-sorter, moved by seeded noise."""
+"""Training runs of a few snapshots, made in a second: tiny-sorter, moved by seeded noise, or with random adapters."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,35 @@ def make_run(folder: Path, steps: dict[int, float]) -> dict[int, Path]:
             return (values + share * np.linalg.norm(values) / (norm or 1.0) * noise).astype(np.float32)
 
         made[step] = write_snapshot(folder, Manifest(step=step, run="toy"), fill)
+    return made
+
+
+RANK = 2
+"""Of the toy adapters; their scale is 2."""
+
+
+def make_toy_adapters(folder: Path, steps: dict[int, float]) -> dict[int, Path]:
+    """PEFT adapters `folder/step_<N>` of tiny-sorter's q_proj and down_proj: A of every step is the same, B is one draw
+    times the step's number."""
+    source = open_snapshot("tiny-sorter")
+    targets = [name for name in source.shapes if name.endswith(("q_proj.weight", "down_proj.weight"))]
+    made = {}
+    for step, length in steps.items():
+
+        def fill(scratch: Path, length: float = length) -> None:
+            draw, pairs = np.random.default_rng(0), {}
+            for name in targets:
+                (rows, columns), module = source.shapes[name], f"base_model.model.{name.removesuffix('.weight')}"
+                pairs[f"{module}.lora_A.weight"] = draw.normal(size=(RANK, columns)) / columns**0.5
+                pairs[f"{module}.lora_B.weight"] = length * 0.1 * draw.normal(size=(rows, RANK))
+            shapes = {name: values.shape for name, values in pairs.items()}
+            values = (array.astype(np.float32) for array in pairs.values())
+            write_safetensors(scratch / "adapter_model.safetensors", shapes, values)
+            config = {"peft_type": "LORA", "base_model_name_or_path": "tiny-sorter", "r": RANK, "lora_alpha": 2 * RANK}
+            config |= {"target_modules": ["q_proj", "down_proj"], "bias": "none"}
+            (scratch / "adapter_config.json").write_text(json.dumps(config))
+
+        made[step] = write_snapshot(folder, Manifest(step=step, run="toy-lora"), fill)
     return made
 
 

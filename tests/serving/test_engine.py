@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from conftest import POLICY
 from safetensors.torch import load_file
+from toy_run import make_toy_adapters
 
 from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, scaled_direction
 from rlvr_landscape_plugin.serving import access, versions
@@ -42,7 +43,7 @@ from rlvr_landscape_plugin.serving.worker.engine import (
 )
 from rlvr_landscape_plugin.serving.worker.kernel_layout import Layout, Part
 from rlvr_landscape_plugin.serving.worker.packed import unpacked
-from rlvr_landscape_plugin.snapshot import file_sha256, write_safetensors
+from rlvr_landscape_plugin.snapshot import file_sha256, open_snapshot, write_safetensors
 
 pytestmark = pytest.mark.server
 
@@ -98,6 +99,29 @@ def call(engine: LandscapeEngine, alpha: float, beta: float) -> dict:
 
 def load(engine: LandscapeEngine, snapshot: Path = POLICY) -> dict:
     return reported(lambda folder: engine.init_transfer_engine(LoadRequest(folder, str(snapshot), {"seed": 0})))
+
+
+def test_an_adapter_is_its_base_with_the_change_merged(engine, tmp_path):
+    path, name = make_toy_adapters(tmp_path, {3: 0.5})[3], "model.layers.0.self_attn.q_proj.weight"
+    pairs, weights = load_file(path / "adapter_model.safetensors"), load_file(POLICY / "model.safetensors")
+    a, b = (pairs[f"base_model.model.{name.removesuffix('.weight')}.lora_{half}.weight"].double() for half in "AB")
+    expected = (weights[name].double() + 2 * b @ a).float()
+
+    def load_with(base: str) -> dict:
+        request = functools.partial(LoadRequest, snapshot=str(path), slice={"seed": 0}, base=base)
+        return reported(lambda folder: engine.init_transfer_engine(request(folder)))
+
+    assert load_with(str(POLICY))["snapshot_sha256"] == open_snapshot(path).sha256
+    assert call(engine, 0.0, 0.0)["weights"] == "moved"
+    state = engine.model.state()
+    torch.testing.assert_close(state[name], expected, rtol=0, atol=1e-7)
+    assert not torch.equal(state[name], weights[name])
+    assert torch.equal(state["model.norm.weight"], weights["model.norm.weight"])
+    assert call(engine, 0.1, 0.0)["weights"] == "moved"
+    delta = scaled_direction(SliceSpec(0), "alpha", name, expected.numpy(), 1.0)
+    torch.testing.assert_close(engine.model.state()[name], expected + 0.1 * torch.from_numpy(delta), rtol=0, atol=1e-6)
+    assert "is an adapter: name the directory of its base model" in load_with("")["error"]
+    assert "outside the server's" in load_with("/usr")["error"]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

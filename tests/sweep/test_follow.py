@@ -113,16 +113,10 @@ def test_what_cannot_be_followed_is_refused(sweep_here, fake_server, tmp_path, g
     assert "Traceback" not in said
 
 
-def test_a_directory_without_snapshots_adapters_and_unfinished_ones_are_refused(
-    sweep_here, fake_server, steps, tmp_path
-):
+def test_a_directory_without_snapshots_and_unfinished_ones_are_refused(sweep_here, fake_server, steps, tmp_path):
     code, said = sweep_here(fake_server, "--follow", str(tmp_path / "none"), "--follow-patience", "0.3")
     assert code == 2
     assert "is this the directory of a run?" in said
-    (tmp_path / "lora" / "adapters").mkdir(parents=True)
-    code, said = sweep_here(fake_server, "--follow", str(tmp_path / "lora"))
-    assert code == 2
-    assert "keeps adapters of a LoRA run" in said
     unfinished = steps(tmp_path / "run", 0)
     (unfinished / "manifest.json").unlink()
     code, said = sweep_here(fake_server, "--follow", str(tmp_path / "run"))

@@ -92,6 +92,8 @@ class LoadRequest(WeightTransferInitInfo):
     slice: dict[str, Any] = field(default_factory=dict)
     directions: dict[str, str] = field(default_factory=dict)
     """Axis → file, for each axis whose direction is not drawn from the seed."""
+    base: str = ""
+    """Directory of the model that the snapshot belongs to, if it is an adapter."""
 
 
 @dataclass
@@ -118,6 +120,15 @@ def checksums(model: Any) -> dict[str, str]:
                 values = unpacked(module, parameter)
             digests[f"{name}.{attribute}"] = _digest(values)
     return digests
+
+
+def _open_confined(path: str, base: str) -> Snapshot:
+    """The snapshot at `path`; raises `ValueError` for an adapter without `base`, whose configuration could name any
+    directory."""
+    found = access.confined_snapshot(path)
+    if not base and (found / "adapter_config.json").is_file():
+        raise ValueError(f"{found.name} is an adapter: name the directory of its base model too (base)")
+    return open_snapshot(found, access.confined_snapshot(base, "base model") if base else None)
 
 
 def _digest(values: torch.Tensor) -> str:
@@ -175,7 +186,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         try:
             wish = memory.asked()
             self._check_kernels()
-            snapshot = open_snapshot(access.confined_snapshot(init_info.snapshot))
+            snapshot = _open_confined(init_info.snapshot, init_info.base)
             files = {
                 axis: str(access.confined(file, f"direction {axis}")) for axis, file in init_info.directions.items()
             }

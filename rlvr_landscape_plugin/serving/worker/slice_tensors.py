@@ -38,9 +38,16 @@ class MoveStats:
 
 
 def load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """Every tensor as stored, mapped from its file; refuses NaN and infinity, naming file and tensor."""
+    """Every tensor as stored, mapped from its file; refuses NaN and infinity, naming file and tensor.
+
+    What an adapter changes is merged, in float32 and in memory; the rest stays mapped from its base model's files.
+    """
     from safetensors import safe_open
 
+    if snapshot.adapter is not None and snapshot.base is not None:
+        changed = [*snapshot.adapter.pairs, *snapshot.adapter.replaced]
+        merged = {name: torch.from_numpy(snapshot.read(name)) for name in changed}
+        return load_tensors(snapshot.base) | merged
     tensors: dict[str, torch.Tensor] = {}
     for file in snapshot.files:
         with safe_open(str(file), framework="pt", device="cpu") as handle:

@@ -3,7 +3,11 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: help setup landscape reproduce smollm2 check test lint figures benchmarks clean
+# A stage's name may have a `*`, which is for the study and not for the shell.
+STAGES ?=
+STUDY ?=
+
+.PHONY: help setup landscape reproduce study smollm2 check test lint figures benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -22,6 +26,9 @@ reproduce: setup  ## train on this machine with GRPO and GRPO-N, measure landsca
 smollm2: setup  ## download SmolLM2-135M-Instruct (89 MB) and make a snapshot of it in models/
 	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install "gguf>=0.17"
 	$(PYTHON) scripts/get_smollm2.py
+
+study: setup  ## the laptop study in stages, about 6.5 hours in all; STAGES="train-* page" for some, STUDY="--short" for toy size
+	set -f; $(PYTHON) scripts/study.py $(STUDY) $(STAGES)
 
 figures: setup  ## draw the figures of outputs/quickstart again
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart

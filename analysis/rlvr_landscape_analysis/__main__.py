@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlvr_landscape_analysis.schema import SOLVED
-
 if TYPE_CHECKING:
     from rlvr_landscape_analysis.results import RunAnalysis
 
@@ -23,7 +21,7 @@ def parser(prog: str = "python -m rlvr_landscape_analysis") -> argparse.Argument
     made.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the resampling (%(default)s)")
     made.add_argument("--level", type=float, default=0.95, help="confidence of the intervals (%(default)s)")
     made.add_argument(
-        "--threshold", type=float, default=SOLVED, help="reward from which a rollout passes, for pass@k (%(default)s)"
+        "--threshold", type=float, help="reward from which a rollout passes (default: as the sweep fixed it, else 0.99)"
     )
     made.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="snapshots to use (default: all)")
     made.add_argument(

@@ -10,7 +10,6 @@ import xarray as xr
 
 from rlvr_landscape_analysis import landscape as _landscape
 from rlvr_landscape_analysis.datasets import check_landscape
-from rlvr_landscape_analysis.schema import SOLVED
 
 
 @xr.register_dataset_accessor("landscape")
@@ -20,7 +19,7 @@ class LandscapeAccessor:
     def __init__(self, data: xr.Dataset) -> None:
         self._data = data
 
-    def per_prompt(self, *, threshold: float = SOLVED) -> xr.Dataset:
+    def per_prompt(self, *, threshold: float | None = None) -> xr.Dataset:
         """Call :func:`rlvr_landscape_analysis.landscape.per_prompt` on this dataset."""
         return _landscape.per_prompt(self._data, threshold=threshold)
 

@@ -17,7 +17,7 @@ import xarray as xr
 
 from rlvr_landscape_analysis.designs import CensusPoints, census_points, list_designs, open_design
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.schema import VERIFIER, paid_by
+from rlvr_landscape_analysis.schema import TRAINED_ON, VERIFIER, paid_by
 from rlvr_landscape_analysis.statistics.boundary import boundary, boundary_change
 from rlvr_landscape_analysis.statistics.census import census
 from rlvr_landscape_analysis.statistics.path import path as path_statistics
@@ -48,9 +48,23 @@ class RunEvidence:
         return modes.pop() if modes else VERIFIER
 
     @property
+    def trained_on(self) -> str:
+        """What paid its training: `verifier`, or the name of a control. Raises `AnalysisError` where its datasets
+        disagree."""
+        groups = (self.censuses, self.paths, self.boundaries)
+        modes = {
+            str(data.attrs.get(TRAINED_ON, VERIFIER)) for group in groups for step, data in group.items() if step > 0
+        }
+        if len(modes) > 1:
+            raise AnalysisError(
+                f"{self.name}: its snapshots were trained on different rewards ({', '.join(sorted(modes))})"
+            )
+        return modes.pop() if modes else VERIFIER
+
+    @property
     def control(self) -> bool:
-        """Whether its rewards carry no information about the task."""
-        return self.reward_mode != VERIFIER
+        """Whether the rewards of its training, or those of its points, carry no information about the task."""
+        return self.reward_mode != VERIFIER or self.trained_on != VERIFIER
 
     @cached_property
     def points(self) -> dict[int, CensusPoints]:

@@ -13,17 +13,18 @@ import xarray as xr
 
 from rlvr_landscape_analysis.datasets import NEEDED, check_landscape, is_reduced
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.schema import BASE_ROLLOUT, GRID, METRIC, ROLLOUT, SCHEMA, SOLVED
+from rlvr_landscape_analysis.schema import BASE_ROLLOUT, GRID, METRIC, ROLLOUT, SCHEMA, pass_threshold
 
 _AVERAGED = [name for name, one in SCHEMA.items() if one.family in ("rollout", "completion") and name != "status"]
 
 
-def per_prompt(data: xr.Dataset, *, threshold: float = SOLVED) -> xr.Dataset:
+def per_prompt(data: xr.Dataset, *, threshold: float | None = None) -> xr.Dataset:
     """Reduce rollouts: float64 means per prompt, dims (alpha, beta, prompt); a reduced dataset is returned as it is.
 
     Averaged over the rollouts that did not fail: every float variable of the schema and every metric of the taskset.
-    Added: `rollouts` (valid rollouts of a prompt at a point), `successes` (of them with reward ≥ `threshold`), `tokens`
-    (prompt; mean completion tokens of the base batch, the denominator of J unless the dataset has `surrogate_weight`).
+    Added: `rollouts` (valid rollouts of a prompt at a point), `successes` (of them with reward ≥ `threshold`; default:
+    as the sweep fixed it), `tokens` (prompt; mean completion tokens of the base batch, the denominator of J unless the
+    dataset has `surrogate_weight`).
     Lazy arrays stay lazy. Attributes, coordinates and units are kept.
     """
     if is_reduced(data):
@@ -37,8 +38,9 @@ def per_prompt(data: xr.Dataset, *, threshold: float = SOLVED) -> xr.Dataset:
     reward = data["reward"]
     valid = reward.notnull()
     variables["rollouts"] = valid.sum("rollout").assign_attrs(long_name="rollouts that did not fail", units="1")
-    solved = (reward >= threshold).sum("rollout")
-    variables["successes"] = solved.assign_attrs(long_name=f"rollouts with reward >= {threshold:g}", units="1")
+    limit = pass_threshold(data.attrs, threshold)
+    solved = (reward >= limit).sum("rollout")
+    variables["successes"] = solved.assign_attrs(long_name=f"rollouts with reward >= {limit:g}", units="1")
     if "base_tokens" in data:
         variables["tokens"] = rollout_mean(data["base_tokens"])
     if "surrogate_weight" in data:
@@ -46,7 +48,7 @@ def per_prompt(data: xr.Dataset, *, threshold: float = SOLVED) -> xr.Dataset:
     for name in ("realised_step", "displacement_radius"):
         if name in data:
             variables[name] = data[name]
-    attrs = data.attrs | {"reduced": "per_prompt", "threshold": threshold, "rollouts": data.sizes["rollout"]}
+    attrs = data.attrs | {"reduced": "per_prompt", "threshold": limit, "rollouts": data.sizes["rollout"]}
     return xr.Dataset(variables, attrs=attrs)
 
 
@@ -183,7 +185,7 @@ def pass_at_k_cells(data: xr.Dataset, k: int, *, threshold: float | None = None)
             )
         reduced, rollouts = data, int(data.attrs["rollouts"])
     else:
-        reduced = per_prompt(data[list(NEEDED)], threshold=SOLVED if threshold is None else threshold)
+        reduced = per_prompt(data[list(NEEDED)], threshold=threshold)
         rollouts = data.sizes["rollout"]
     if not 1 <= k <= rollouts:
         raise AnalysisError(f"pass@{k} needs 1 ≤ k ≤ {rollouts}, the number of rollouts per prompt")

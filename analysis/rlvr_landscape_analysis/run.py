@@ -30,7 +30,6 @@ from rlvr_landscape_analysis.schema import (
     PROMPT,
     PROMPTS_SHA256,
     REWARD_MODE,
-    SOLVED,
     VERIFIER,
     grid_name,
     paid_by,
@@ -63,17 +62,17 @@ def analyse_run(
     *,
     bootstrap: Bootstrap | None = None,
     steps: Iterable[int] | None = None,
-    threshold: float = SOLVED,
+    threshold: float | None = None,
     level: float = 0.05,
     progress: Callable[[str], None] | None = None,
 ) -> RunAnalysis:
     """All statistics of the finished datasets in a run directory.
 
-    `steps` restricts the snapshots; `threshold` is the reward that counts as solved; `level` the false discovery rate
-    of "better than the origin"; `progress` gets the name of each dataset before it is read. Raises `AnalysisError` when
-    there is nothing to analyse or the datasets do not belong together (other prompts, other variables). Grids may
-    differ between snapshots, and numbers of prompts between those of a progressive sweep; notes say so and what was
-    done.
+    `steps` restricts the snapshots; `threshold` is the reward that passes (default: as the sweep fixed it); `level`
+    the false discovery rate of "better than the origin"; `progress` gets the name of each dataset before it is read.
+    Raises `AnalysisError` when there is nothing to analyse or the datasets do not belong together (other prompts, other
+    variables). Grids may differ between snapshots, and numbers of prompts between those of a progressive sweep; notes
+    say so and what was done.
     """
     settings = bootstrap or Bootstrap()
     files, unfinished = list_run(path)
@@ -134,7 +133,9 @@ class _Part:
     ranges: xr.Dataset
 
 
-def _analyse(file: RunFile, grid: Grid, settings: Bootstrap, threshold: float, fdr: float, notes: list[str]) -> _Part:
+def _analyse(
+    file: RunFile, grid: Grid, settings: Bootstrap, threshold: float | None, fdr: float, notes: list[str]
+) -> _Part:
     part = _Part()
     part.file = file
     where = f"step {file.step}, slice {file.slice_seed}"
@@ -227,7 +228,7 @@ def _combine(
     parts: list[_Part],
     beside: RunEvidence,
     settings: Bootstrap,
-    threshold: float,
+    threshold: float | None,
     fdr: float,
     notes: list[str],
 ) -> RunAnalysis:
@@ -256,12 +257,11 @@ def _combine(
         curves.attrs[REWARD_MODE] = mode
         notes.append(f"Every reward is a control: {mode}, not the verifier's (reward_mode of the taskset).")
     ranges = {key: part.ranges for key, part in zip(keys, parts, strict=True)}
-    passing = None if threshold == SOLVED else threshold
-    evidence = analyse_evidence(beside, bootstrap=settings, threshold=passing, fdr=fdr) if beside else None
+    evidence = analyse_evidence(beside, bootstrap=settings, threshold=threshold, fdr=fdr) if beside else None
     if evidence is not None:
         notes += evidence.notes
     found_in = [evidence] if evidence is not None else []
-    claims = all_claims([beside], settings=settings, threshold=passing, ranges=ranges, analyses=found_in)
+    claims = all_claims([beside], settings=settings, threshold=threshold, ranges=ranges, analyses=found_in)
     return RunAnalysis(
         path=path,
         bootstrap=settings,

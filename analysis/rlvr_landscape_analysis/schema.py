@@ -225,6 +225,10 @@ DIRECTION_ATTRIBUTE = "direction_{axis}"
 """Attribute that says which direction an axis follows."""
 REWARD_MODE = "reward_mode"
 """Option of a taskset's table `task`, and attribute of datasets whose rewards are a control."""
+PASS_THRESHOLD = "pass_threshold"
+"""Attribute of a dataset: the reward from which a rollout passes, as the sweep's configuration fixed it."""
+TRAINED_ON = "training_reward_mode"
+"""Attribute of a dataset around a snapshot whose training was paid by a control: its reward mode."""
 VERIFIER = "verifier"
 """The reward mode of a taskset whose reward is that of its verifier, and of one that has no such option."""
 
@@ -244,6 +248,11 @@ def reward_mode(taskset: Mapping[str, Any]) -> str:
 def paid_by(attributes: Mapping[Any, Any]) -> str:
     """The reward mode of a dataset with these attributes."""
     return str(attributes.get(REWARD_MODE, VERIFIER))
+
+
+def pass_threshold(attributes: Mapping[Any, Any], asked: float | None = None) -> float:
+    """The reward that passes: as asked for, else as the dataset's sweep fixed it, else `SOLVED`."""
+    return float(attributes.get(PASS_THRESHOLD, SOLVED) if asked is None else asked)
 
 
 def grid_name(step: int, slice_seed: int) -> str:

@@ -1,7 +1,8 @@
 """`python -m rlvr_landscape_analysis.study NAME=DIR[,DIR…] … --out DIR`: claims of several runs from their designs.
 
-A run is a name and the output directories of its censuses, paths and boundaries. Runs that were paid by something else
-than the verifier are controls. Written: `claims.md`, one CSV per kind of statistic, and the figures of every run.
+A run is a name and the output directories of its censuses, paths and boundaries. Runs that were trained on another
+reward than the verifier's are controls. Written: `claims.md`, one CSV per kind of statistic, and the figures of every
+run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import xarray as xr
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.evidence import EvidenceAnalysis, RunEvidence, analyse_evidence, check_runs, open_evidence
 from rlvr_landscape_analysis.results import Claim
+from rlvr_landscape_analysis.schema import VERIFIER
 from rlvr_landscape_analysis.statistics.claims import all_claims
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 from rlvr_landscape_analysis.statistics.wording import sampled
@@ -96,7 +98,7 @@ def _claims_page(
     claims: Sequence[Claim], runs: Sequence[RunEvidence], analyses: Sequence[EvidenceAnalysis], target: Path
 ) -> Path:
     lines = ["# Claims", ""]
-    names = [f"{run.name} ({run.reward_mode})" if run.control else run.name for run in runs]
+    names = [f"{run.name} ({_paid(run)})" if run.control else run.name for run in runs]
     lines += [f"Runs: {', '.join(names)}.", ""]
     for claim in claims:
         lines += [f"## {claim.name}. {claim.title}: {claim.verdict}", "", claim.sentence, ""]
@@ -115,6 +117,13 @@ def _claims_page(
         lines += ["## Notes", "", *(f"- {note}" for note in notes), ""]
     target.write_text("\n".join(lines), encoding="utf-8")
     return target
+
+
+def _paid(run: RunEvidence) -> str:
+    """What made a run a control."""
+    trained = f"trained on {run.trained_on} rewards" if run.trained_on != VERIFIER else ""
+    measured = f"measured by {run.reward_mode} rewards" if run.reward_mode != VERIFIER else ""
+    return ", ".join(filter(None, (trained, measured)))
 
 
 def _draw(analysis: EvidenceAnalysis, folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from rlvr_landscape_analysis.schema import SOLVED
 
 from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, StrictConfig
 from rlvr_landscape_plugin.config.designs import CensusConfig, GridConfig, PathConfig, SliceConfig
@@ -33,6 +34,9 @@ class EnvConfig(StrictConfig):
     base_rollouts: int | None = Field(default=None, ge=1)
     """Episodes per task in the checkpoint's own batch, which then have a dimension of their own (`base_rollout`);
     default: `rollouts`."""
+    pass_threshold: float = SOLVED
+    """Reward from which a rollout passes, for pass@k. It is part of what a dataset is, so it is fixed before the data;
+    another one in the same `output` is refused."""
     max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight per server."""
     runtime: Literal["subprocess"] | None = None
@@ -293,6 +297,9 @@ class SweepConfig(StrictConfig):
             del data["design"]
         if data["env"]["base_rollouts"] is None:
             del data["env"]["base_rollouts"]
+        # Datasets of before there was this option have its default.
+        if data["env"]["pass_threshold"] == SOLVED:
+            del data["env"]["pass_threshold"]
         if not data["design_options"]:
             del data["design_options"]
         server: JsonObject = {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlvr_landscape_analysis.schema import VERIFIER
+from rlvr_landscape_analysis.schema import PASS_THRESHOLD, TRAINED_ON, VERIFIER, reward_mode
 
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.store import Annotations
@@ -40,6 +40,8 @@ def dataset_attributes(config: SweepConfig, plan: Plan) -> JsonObject:
         **{key: value for key, value in plan.journal.identity.items() if isinstance(value, (str, int))},
         **design.attributes,
         "taskset": config.env.id,
+        PASS_THRESHOLD: config.env.pass_threshold,
+        **_trained_on(plan),
         "snapshot_name": plan.snapshot.path.name,
         "servers": json.dumps(facts, sort_keys=True),
         **({"range_finding": json.dumps(plan.range_found, sort_keys=True)} if plan.range_found else {}),
@@ -48,6 +50,15 @@ def dataset_attributes(config: SweepConfig, plan: Plan) -> JsonObject:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
     }
+
+
+def _trained_on(plan: Plan) -> dict[str, str]:
+    """What paid the training of the snapshot, where its manifest says that it was a control."""
+    manifest = plan.snapshot.manifest
+    environment = manifest.configuration.get("env") if manifest is not None and plan.snapshot.step else None
+    taskset = environment.get("taskset") if isinstance(environment, dict) else None
+    mode = reward_mode(taskset) if isinstance(taskset, dict) else VERIFIER
+    return {} if mode == VERIFIER else {TRAINED_ON: mode}
 
 
 def dataset_annotations(config: SweepConfig, plan: Plan) -> Annotations:

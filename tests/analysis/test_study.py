@@ -30,12 +30,12 @@ def runs(tmp_path_factory):
                 ).assign_coords(step=step)
             seeds = 1000 * (r if step else 0) + step + np.arange(48) // 2
             data = data.assign_coords(direction_seed=("direction", seeds))
-            mode = "random" if name == "random" else "verifier"
-            data.assign_attrs(reward_mode=mode).to_netcdf(root / name / "census" / f"census_step{step:06d}.nc")
+            mode = {"training_reward_mode": "random"} if name == "random" and step else {}
+            data.assign_attrs(mode).to_netcdf(root / name / "census" / f"census_step{step:06d}.nc")
             rates = np.repeat([0.3 + 0.04 * step, 0.0], 32)
-            boundary = synthetic_designs.boundary(rates, rollouts=64, step=step, seed=r).assign_attrs(reward_mode=mode)
+            boundary = synthetic_designs.boundary(rates, rollouts=64, step=step, seed=r).assign_attrs(mode)
             boundary.to_netcdf(root / name / "boundary" / f"boundary_step{step:06d}.nc")
-        path = synthetic_designs.path({"displacement": PathTruth(kl=0.5)}, rollouts=8).assign_attrs(reward_mode=mode)
+        path = synthetic_designs.path({"displacement": PathTruth(kl=0.5)}, rollouts=8).assign_attrs(mode)
         path.to_netcdf(root / name / "path" / "path_step000010.nc")
     return root
 
@@ -52,7 +52,7 @@ def test_a_study_of_two_runs_and_a_control(runs, tmp_path, capsys):
     page = (tmp_path / "out" / "claims.md").read_text()
     assert "2 runs, 96 random directions" in page
     assert "Against random rewards" in page
-    assert "random (random)" in page
+    assert "random (trained on random rewards)" in page
     import pandas as pd
 
     table = pd.read_csv(tmp_path / "out" / "census.csv")

@@ -216,18 +216,39 @@ def test_paths_are_swept(run, sweep_here, fake_server, tmp_path):
 
 def test_a_boundary_is_the_checkpoints_own_batch(run, sweep_here, fake_server, tmp_path):
     config = f'snapshots = ["{run[4]}"]\ndesign = "boundary"\n' + ENV.format(more="base_rollouts = 9")
-    code, said = sweep_here(fake_server, config=config)
+    code, said = sweep_here(fake_server, "--env.pass_threshold", "0.5", config=config)
     assert code == 0, said
     with xr.open_dataset(tmp_path / "out" / "boundary_step000004.nc") as data:
+        assert data.attrs["pass_threshold"] == 0.5
+        assert "training_reward_mode" not in data.attrs
         assert dict(data.sizes) == {"prompt": 3, "base_rollout": 9}
         assert data.base_reward.dims == ("prompt", "base_rollout")
         assert "reward" not in data
         assert data.attrs["design"] == "boundary"
         assert np.isfinite(data.recheck_logprob).all()
     assert fake_server.asked["move"] >= 2
-    code, said = sweep_here(config=config)
+    code, said = sweep_here("--env.pass_threshold", "0.5", config=config)
     assert code == 0
     assert "starting" not in said
+    code, said = sweep_here("--env.pass_threshold", "0.6", config=config)
+    assert code == 2, "the reward that passes is fixed before the data"
+    assert "env.pass_threshold: 0.5 there, 0.6 asked for" in said
+
+
+def test_a_snapshot_that_a_control_trained_says_so(run, sweep_here, fake_server, tmp_path):
+    import shutil
+
+    copy = tmp_path / "control" / "step_000004"
+    shutil.copytree(run[4], copy)
+    taskset = {"task": {"reward_mode": "random"}}
+    (copy / "manifest.json").write_text(json.dumps({"step": 4, "configuration": {"env": {"taskset": taskset}}}))
+    config = f'snapshots = ["{copy}"]\ndesign = "boundary"\n' + ENV.format(more="base_rollouts = 3")
+    code, said = sweep_here(fake_server, config=config)
+    assert code == 0, said
+    with xr.open_dataset(tmp_path / "out" / "boundary_step000004.nc") as data:
+        assert data.attrs["training_reward_mode"] == "random"
+        assert data.attrs["pass_threshold"] == 0.99
+        assert "reward_mode" not in data.attrs
 
 
 def test_a_boundary_without_its_number_of_rollouts_is_refused(run, sweep_here, fake_server):

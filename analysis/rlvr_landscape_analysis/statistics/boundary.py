@@ -16,7 +16,7 @@ from scipy.special import gammaln, ndtri, stdtrit
 from rlvr_landscape_analysis.designs import check_design, successes
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.results import BOUNDS
-from rlvr_landscape_analysis.schema import SOLVED
+from rlvr_landscape_analysis.schema import pass_threshold
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap
 from rlvr_landscape_analysis.statistics.two_way import TwoWay, prompt_means
 
@@ -67,7 +67,7 @@ def boundary(
     are by default the powers of two up to the number of rollouts. Raises `AnalysisError` for a k beyond it.
     """
     check_design(data, "boundary")
-    limit = pass_threshold(data, threshold)
+    limit = pass_threshold(data.attrs, threshold)
     solved, valid = successes(data, limit)
     rollouts = int(valid.max(initial=0))
     chosen = _checked_ks(ks, rollouts)
@@ -104,11 +104,6 @@ def boundary(
     attrs = {"threshold": limit, "rollouts": rollouts, "prompts": int(known.sum()), "confidence": confidence}
     attrs |= {"prompts_sha256": data.attrs.get("prompts_sha256", "")}
     return xr.Dataset(variables, coords, attrs)
-
-
-def pass_threshold(data: xr.Dataset, threshold: float | None = None) -> float:
-    """The reward that passes: as asked for, else as the sweep's configuration fixed it, else 0.99."""
-    return float(data.attrs.get("pass_threshold", SOLVED)) if threshold is None else float(threshold)
 
 
 def _checked_ks(ks: Sequence[int] | None, rollouts: int) -> list[int]:
@@ -175,7 +170,7 @@ def boundary_change(
         or first.sizes["prompt"] != last.sizes["prompt"]
     ):
         raise AnalysisError("the two boundaries were measured on different prompts and cannot be paired")
-    limits = [pass_threshold(data, threshold) for data in (first, last)]
+    limits = [pass_threshold(data.attrs, threshold) for data in (first, last)]
     if limits[0] != limits[1]:
         raise AnalysisError(f"the two boundaries pass at different rewards ({limits[0]:g} and {limits[1]:g})")
     (c0, n0), (c1, n1) = (successes(data, limits[0]) for data in (first, last))
@@ -229,7 +224,7 @@ def boundary_change(
 
 def contrast(first: xr.Dataset, last: xr.Dataset, k: int, *, threshold: float | None = None) -> TwoWay:
     """Δpass@1 and Δpass@k, shape (2,), as means over prompts with their deviations: T3 rests on them."""
-    (c0, n0), (c1, n1) = (successes(data, pass_threshold(data, threshold)) for data in (first, last))
+    (c0, n0), (c1, n1) = (successes(data, pass_threshold(data.attrs, threshold)) for data in (first, last))
     values = pass_at_k_values(c1, n1, np.array([1, k])) - pass_at_k_values(c0, n0, np.array([1, k]))
     kept = np.isfinite(values).all(0)
     key = ("prompts", str(first.attrs.get("prompts_sha256")), kept.tobytes())

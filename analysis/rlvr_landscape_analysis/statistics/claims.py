@@ -320,7 +320,7 @@ def claim_t3(
     sentence = (
         f"From {steps} pass@1 changed by {number(gain.value, gain.interval, settings, digits=3)} and pass@{k} by "
         f"{number(cover.value, cover.interval, settings, digits=3)}"
-        + (f": {share:.0%} of the gain came without one in pass@{k}." if np.isfinite(share) else ".")
+        + (f": {share:.0%} of the gain came without one in pass@{k}." if share >= 0 else ".")
         + f" Δpass@{k} − {EVEN - NEGLIGIBLE:g} Δpass@1 is {number(edge.value, edge.interval, settings, digits=3)}."
         + frontier
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rlvr_word_problems import WordProblemsEnv, WordProblemsTaskset
 from rlvr_word_problems.rules import final_answer, is_correct, random_reward
-from rlvr_word_problems.stories import OPERATIONS, PEOPLE, THINGS
+from rlvr_word_problems.stories import OPERATIONS, PEOPLE, THINGS, Settings, make_problem
 from rlvr_word_problems.taskset import WordProblemsConfig, WordProblemsTask
 from verifiers.v1.trace import Trace
 from verifiers.v1.utils.loaders import environment_class, resolve_env_config, taskset_class
@@ -73,6 +73,21 @@ def test_the_answer_is_what_a_reader_of_the_text_finds(seed, steps, largest, ope
         assert set(found) <= set(operations)
         assert max(seen) <= largest
         assert "share" not in found[:-1]
+
+
+@given(seed=st.integers(0, 10**6), number=st.integers(0, 1000), steps=st.integers(1, 6))
+@settings(max_examples=150, deadline=None)
+def test_the_working_leads_to_the_answer(seed, number, steps) -> None:
+    problem = make_problem(Settings(steps, steps, 50, OPERATIONS), seed, number)
+    amount = int(re.findall(r"\d+", problem.text)[0])
+    lines = problem.working.splitlines()
+    assert len(lines) == len(read(problem.text)[1])
+    for line in lines:
+        left, right = line.split(" = ")
+        assert left.startswith(f"{amount} ")
+        amount = int(right)
+        assert eval(left) == amount
+    assert amount == problem.answer
 
 
 @pytest.mark.parametrize("operation", ["add", "subtract", "boxes", "double"])

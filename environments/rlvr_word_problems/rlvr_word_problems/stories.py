@@ -31,10 +31,14 @@ TRIES = 1000
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: its text, and its answer, a whole number of at least 0."""
+    """One problem."""
 
     text: str
+    """The story and the question."""
     answer: int
+    """A whole number of at least 0."""
+    working: str
+    """A solution, one line of arithmetic a step, such as `14 - 11 = 3`. For supervised training only."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class _Story:
     friend: str
     things: str
     total: int
+    working: list[str]
 
     def number(self, least: int, most: int) -> int:
         return self.rng.randint(least, most)
@@ -64,6 +69,10 @@ class _Story:
     def some(self, amount: int, *, more: bool = False) -> str:
         things = self.things[:-1] if amount == 1 else self.things
         return f"{amount} more {things}" if more else f"{amount} {things}"
+
+    def change(self, arithmetic: str, total: int) -> None:
+        self.working.append(f"{self.total} {arithmetic} = {total}")
+        self.total = total
 
 
 def make_problem(settings: Settings, seed: int, number: int) -> Problem:
@@ -87,11 +96,11 @@ def make_problem(settings: Settings, seed: int, number: int) -> Problem:
 def _tell(settings: Settings, rng: random.Random) -> Problem | None:
     steps = rng.randint(settings.min_steps, settings.max_steps)
     person, friend = rng.sample(PEOPLE, 2)
-    story = _Story(rng, settings.largest, person, friend, rng.choice(THINGS), rng.randint(1, settings.largest))
+    story = _Story(rng, settings.largest, person, friend, rng.choice(THINGS), rng.randint(1, settings.largest), [])
     sentences = [f"{person} has {story.some(story.total)}."]
     question = f"How many {story.things} does {person} have now?"
     for told in range(steps):
-        fitting = [name for name in settings.operations if _FITS[name](story, steps - told)]
+        fitting: list[Operation] = [name for name in settings.operations if _FITS[name](story, steps - told)]
         if not fitting:
             if told < settings.min_steps:
                 return None
@@ -101,12 +110,12 @@ def _tell(settings: Settings, rng: random.Random) -> Problem | None:
             question = _share(story)
         else:
             sentences.append(_TELL[operation](story))
-    return Problem(" ".join([*sentences, question]), story.total)
+    return Problem(" ".join([*sentences, question]), story.total, "\n".join(story.working))
 
 
 def _add(story: _Story) -> str:
     amount = story.number(1, story.largest - story.total)
-    story.total += amount
+    story.change(f"+ {amount}", story.total + amount)
     return story.rng.choice(
         (
             f"{story.friend} gives {story.person} {story.some(amount, more=True)}.",
@@ -118,7 +127,7 @@ def _add(story: _Story) -> str:
 
 def _subtract(story: _Story) -> str:
     amount = story.number(1, story.total)
-    story.total -= amount
+    story.change(f"- {amount}", story.total - amount)
     return story.rng.choice(
         (
             f"{story.person} gives {story.some(amount)} to {story.friend}.",
@@ -132,18 +141,18 @@ def _boxes(story: _Story) -> str:
     room = story.largest - story.total
     boxes = story.number(2, min(MOST_BOXES, room))
     each = story.number(1, room // boxes)
-    story.total += boxes * each
+    story.change(f"+ {boxes} * {each}", story.total + boxes * each)
     return f"{story.person} gets {boxes} boxes with {story.some(each)} in each box."
 
 
 def _double(story: _Story) -> str:
-    story.total *= 2
+    story.change("* 2", story.total * 2)
     return f"After a year {story.person} has twice as many {story.things}."
 
 
 def _share(story: _Story) -> str:
     bags = story.rng.choice(_divisors(story.total))
-    story.total //= bags
+    story.change(f"/ {bags}", story.total // bags)
     return (
         f"{story.person} puts all the {story.things} into {bags} bags, the same number in each bag. "
         f"How many {story.things} are in each bag?"

@@ -26,16 +26,32 @@ def mean_kl(samplers: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) ->
 def log_probability(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """log π and, without gradient, the full distribution's entropy of every sampled token, (sequence, token), nat.
 
-    0 outside the mask. Only sampled tokens pass the output head, and rows pass the model a few at a time, the short
-    ones together: on a CPU with a small policy that takes under half the time of TRL's own pass over all completion
-    tokens, which is made for large vocabularies, and one long episode does not determine the memory of all.
+    0 outside the mask. Three things make this fast on a CPU, where TRL's own pass over all completion tokens is made
+    for large vocabularies: only sampled tokens pass the output head, rows pass the model a few at a time with the short
+    ones together, and a prompt that several rows share passes once.
     """
     columns = [inputs[name] for name in ("input_ids", "attention_mask", "mask")]
-    order = torch.argsort(columns[1].sum(dim=1))
+    order = _order(*columns)
     chunks = [_score(model, *(column[rows] for column in columns)) for rows in order.split(ROWS)]
     back = torch.argsort(order)
     logprobs, entropies = (torch.cat(column)[back] for column in zip(*chunks, strict=True))
     return logprobs, entropies
+
+
+def _order(ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rows with the same prompt next to each other, prompts by their longest row."""
+    lengths = attention.sum(dim=1)
+    _, group = _prompts(ids, attention, ids.size(1) - mask.size(1))
+    longest = torch.zeros(len(ids), dtype=lengths.dtype).scatter_reduce(0, group, lengths, "amax")
+    return torch.argsort(longest[group] * len(ids) + group)
+
+
+def _prompts(ids: torch.Tensor, attention: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row of each distinct prompt, and which of them every row has."""
+    both = torch.cat([ids[:, :width], attention[:, :width]], dim=1)
+    distinct, group = torch.unique(both, dim=0, return_inverse=True)
+    first = torch.full((len(distinct),), len(ids)).scatter_reduce(0, group, torch.arange(len(ids)), "amin")
+    return first, group
 
 
 def _score(
@@ -45,17 +61,40 @@ def _score(
     prompt = ids.size(1) - mask.size(1)
     used = attention.any(dim=0).nonzero()
     first, last = int(used[0]), max(int(used[-1]) + 1, prompt + 1)
-    hidden = model.base_model(
-        input_ids=ids[:, first:last], attention_mask=attention[:, first:last], use_cache=False
-    ).last_hidden_state
+    ids, attention = ids[:, first:last], attention[:, first:last]
     seen = mask[:, : last - prompt]
+    prompt -= first
     # The position before a token predicts it.
-    before = hidden[:, prompt - first - 1 : -1][seen]
+    before = _hidden(model, ids, attention, prompt)[seen]
     head = model.get_output_embeddings()
     assert head is not None, "a causal language model has an output head"
     log_policy = torch.log_softmax(head(before).float(), dim=-1)
-    sampled = log_policy.gather(1, ids[:, prompt:last][seen][:, None])[:, 0]
+    sampled = log_policy.gather(1, ids[:, prompt:][seen][:, None])[:, 0]
     constant = log_policy.detach()
     entropy = -(constant.exp() * constant).sum(dim=1)
     empty = torch.zeros(mask.shape, dtype=sampled.dtype)
     return empty.masked_scatter(mask, sampled), empty.masked_scatter(mask, entropy)
+
+
+def _hidden(model: PreTrainedModel, ids: torch.Tensor, attention: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Last hidden states at the positions before each completion token, (sequence, completion token, feature).
+
+    Where rows share prompts, each prompt passes once and its keys and values serve all its rows; gradients flow through
+    them. Models whose cache is not a plain list of keys and values get whole rows.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    rows, group = _prompts(ids, attention, prompt)
+    cache = DynamicCache(config=model.config)
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    if len(rows) == len(ids) or ids.size(1) <= prompt + 1 or not plain:
+        whole = model.base_model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+        return whole[:, prompt - 1 : -1]
+    asked = model.base_model(
+        input_ids=ids[rows, :prompt], attention_mask=attention[rows, :prompt], past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    cache.batch_select_indices(group)
+    said = model.base_model(
+        input_ids=ids[:, prompt:-1], attention_mask=attention[:, :-1], past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    return torch.cat([asked[group, -1:], said], dim=1)

@@ -391,6 +391,53 @@ def test_log_probabilities_equal_a_plain_forward_pass():
 
 
 @needs_trl
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mamba"])
+def test_rows_that_share_a_prompt_get_the_values_and_gradients_of_rows_alone(family):
+    """In float64, against a forward pass of every row by itself without padding."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlvr_landscape_plugin.trl.logprobs import log_probability
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50}
+    heads = {"intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **({"state_size": 4} if family == "mamba" else heads))
+    model = AutoModelForCausalLM.from_config(config).double().train()
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(length):
+        return torch.randint(0, 50, (length,), generator=generator).tolist()
+
+    # Mamba's state is no cache of keys and values, and knows no padding on the left.
+    prompts = [draw(n) for n in ((4, 4, 4) if family == "mamba" else (4, 7, 1))]
+    rows = [
+        (prompts[which], draw(length)) for which, length in [(0, 3), (1, 5), (0, 1), (2, 4), (1, 2), (0, 6), (1, 3)]
+    ]
+    before, after = max(len(asked) for asked, _ in rows), max(len(said) for _, said in rows)
+    ids = torch.tensor([[9] * (before - len(p)) + p + c + [9] * (after - len(c)) for p, c in rows])
+    attention = torch.tensor(
+        [[0] * (before - len(p)) + [1] * (len(p) + len(c)) + [0] * (after - len(c)) for p, c in rows]
+    )
+    mask = attention[:, before:].bool() & (torch.rand((len(rows), after), generator=generator) < 0.8)
+
+    logprobs, _ = log_probability(model, {"input_ids": ids, "attention_mask": attention, "mask": mask})
+    weight = torch.rand(logprobs.shape, generator=generator).double()
+    (logprobs * weight).sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    alone = torch.zeros_like(logprobs)
+    for row, (asked, said) in enumerate(rows):
+        whole = torch.log_softmax(model(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1], dim=-1)
+        alone[row, : len(said)] = whole[torch.arange(len(said)), said]
+    alone = torch.where(mask, alone, 0.0)
+    (alone * weight).sum().backward()
+    torch.testing.assert_close(logprobs, alone, rtol=0, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=1e-6)
+
+
+@needs_trl
 def test_kl_is_zero_for_the_same_policy_and_counts_sequences_with_tokens_only():
     import torch
 

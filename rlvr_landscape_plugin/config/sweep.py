@@ -40,8 +40,20 @@ class EnvConfig(StrictConfig):
     max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight per server."""
     runtime: Literal["subprocess"] | None = None
-    """Where a task's setup() and the rewards that need a runtime run. `subprocess`: on this machine, as this user and
-    without isolation, including whatever the taskset does with a reply. Default: such tasksets are refused."""
+    """Where programs of a taskset run (setup(), rewards, tools, harnesses). `subprocess`: on this machine, as this user
+    and without isolation, including whatever they do with a reply. Default: tasksets that need programs are refused."""
+    path: Literal["auto", "chat", "verifiers"] = "auto"
+    """How episodes are played. `chat`: in the fast loop of this process, without tools or hooks. `verifiers`: by
+    verifiers' own agents, which needs `runtime`. `auto`: `chat` where it can."""
+    options: dict[str, Any] = {}
+    """Options of the environment beside its taskset's (what `vf-eval` takes as `--env.*`)."""
+    harness: dict[str, Any] | None = None
+    """Harness on the path `verifiers`, such as `{"id": "bash"}`. Default: the environment's own, else a plain chat."""
+    tool_parser: str | None = None
+    """How the policy writes tool calls: `hermes`, `qwen3`, `qwen3.5`, `glm` or `deepseek-v3`. Default: as its chat
+    template shows."""
+    timeout: float = Field(default=600, gt=0)
+    """Seconds until an episode on the path `verifiers` counts as failed."""
 
     @property
     def own_rollouts(self) -> int:
@@ -284,6 +296,12 @@ class SweepConfig(StrictConfig):
             del data["grid"]["find"]
         if data["env"]["runtime"] is None:
             del data["env"]["runtime"]
+        # Episodes of the chat loop are named as before there was another path.
+        del data["env"]["timeout"]
+        if not data["env"]["options"]:
+            del data["env"]["options"]
+        if self.env.path != "verifiers":
+            del data["env"]["path"], data["env"]["harness"], data["env"]["tool_parser"]
         # The usual objective is named as before there were others.
         if data["surrogate"]["objective"] == "grpo":
             del data["surrogate"]["objective"]

@@ -35,6 +35,19 @@ class Play:
         """Whether a length limit cut a reply or the conversation."""
         self.stopped_by: LandscapeError | None = None
         """What must end the sweep rather than count as a failed episode."""
+        self.calls: list[tuple[str, list[int], Completion]] = []
+        """Turns that the gateway answered: id of the trace, prompt, what was sampled."""
+        self._turns = 0
+
+    def next_turn(self) -> int:
+        """The number of a turn that begins now, from 0 in the order in which they begin."""
+        self._turns += 1
+        return self._turns - 1
+
+    def sampled(self, trace: str, prompt: list[int], completion: Completion) -> None:
+        """Remember a turn that the gateway answered."""
+        self.calls.append((trace, prompt, completion))
+        self.cut |= completion.finish == "length"
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlvr_landscape_plugin.errors import SnapshotError
+from rlvr_landscape_plugin.files import JsonObject
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
@@ -36,7 +37,8 @@ class ChatFormat:
 
     def __init__(self, policy: Path) -> None:
         """`policy`: a snapshot directory. Raises `SnapshotError` without a whole tokenizer and a chat template."""
-        self._policy = policy
+        self.policy = policy
+        """The snapshot directory."""
         self.tokenizer = load_tokenizer(policy)
         if not self.tokenizer.chat_template:
             raise SnapshotError(f"the tokenizer in {policy} has no chat template; the policy must be a chat model")
@@ -44,9 +46,12 @@ class ChatFormat:
         self.opening = lru_cache(maxsize=65536)(self._opening)
         self.bridge = lru_cache(maxsize=65536)(self._bridge)
 
-    def _opening(self, conversation: str) -> list[int]:
-        """Token ids of a first prompt, generation prompt included. `conversation`: JSON of the chat messages."""
-        return self._encode(self._render(json.loads(conversation)))
+    def _opening(self, conversation: str, tools: str = "") -> list[int]:
+        """Token ids of a first prompt, generation prompt included.
+
+        `conversation`: JSON of the chat messages. `tools`: JSON of the tools that the prompt shall describe, if any.
+        """
+        return self._encode(self._render(json.loads(conversation), json.loads(tools) if tools else None))
 
     def _bridge(self, messages: str) -> list[int]:
         """Token ids between a sampled reply and the next one: end of turn, `messages`, generation prompt."""
@@ -56,7 +61,7 @@ class ChatFormat:
         _, found, rest = text.rpartition(_MARK)
         if not found:
             raise SnapshotError(
-                f"the chat template in {self._policy} drops assistant messages, which tasks of several turns need; "
+                f"the chat template in {self.policy} drops assistant messages, which tasks of several turns need; "
                 "give the snapshot a template that keeps them, or measure a taskset of one turn"
             )
         return self._encode(rest)
@@ -65,39 +70,58 @@ class ChatFormat:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if not ids:
             raise SnapshotError(
-                f"the tokenizer in {self._policy} makes no token of a prompt of {len(text)} characters; "
+                f"the tokenizer in {self.policy} makes no token of a prompt of {len(text)} characters; "
                 "its files or its chat template are not those of this policy"
             )
         if self._vocabulary is not None and max(ids) >= self._vocabulary:
             raise SnapshotError(
-                f"the tokenizer in {self._policy} gives token id {max(ids)}, the policy's vocab_size in config.json is "
+                f"the tokenizer in {self.policy} gives token id {max(ids)}, the policy's vocab_size in config.json is "
                 f"{self._vocabulary}; the tokenizer is another policy's"
             )
         return ids
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the policy which tools it has."""
+        asked = [{"role": "user", "content": "?"}]
+        return _MARK in self._render(asked, [_tool(_MARK)])
+
+    def _render(self, messages: list[JsonObject], tools: Sequence[JsonObject] | None = None) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
         except Exception as error:  # a template is a program of the snapshot's author, and Jinja's errors are many
             roles = ", ".join(message["role"] for message in messages)
             raise SnapshotError(
-                f"the chat template in {self._policy} cannot render a conversation with the roles {roles}: "
+                f"the chat template in {self.policy} cannot render a conversation with the roles {roles}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         return str(text)
 
     def extend(self, prompt: list[int], completion: Completion, messages: str) -> list[int]:
         """The next prompt: the tokens that the model saw and sampled, then `messages`."""
-        bridge = self.bridge(messages)
-        sampled = completion.tokens.tolist()
+        return self.joined(prompt, completion.tokens.tolist(), self.bridge(messages), completion.finish == "stop")
+
+    @staticmethod
+    def joined(prompt: Sequence[int], sampled: Sequence[int], bridge: Sequence[int], stopped: bool) -> list[int]:
+        """A prompt, what was sampled after it, and what the template puts next. `stopped`: the reply was not cut."""
         # The sampled end-of-turn token is the template's own; after a cut reply the template must close it.
-        if completion.finish == "stop" and sampled and bridge and sampled[-1] == bridge[0]:
+        if stopped and sampled and bridge and sampled[-1] == bridge[0]:
             bridge = bridge[1:]
         return [*prompt, *sampled, *bridge]
 
     def text(self, completion: Completion) -> str:
         """The reply as the environment reads it."""
         return str(self.tokenizer.decode(completion.tokens, skip_special_tokens=True))
+
+
+def _tool(name: str) -> JsonObject:
+    """A tool without parameters, as chat templates take it."""
+    parameters = {"type": "object", "properties": {}}
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
 
 
 def load_tokenizer(policy: Path) -> PreTrainedTokenizerBase:

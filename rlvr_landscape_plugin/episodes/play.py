@@ -19,7 +19,8 @@ import gc
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,14 +28,18 @@ import numpy as np
 
 from rlvr_landscape_plugin.episodes.agent import ChatAgent, Play
 from rlvr_landscape_plugin.episodes.chat import ChatFormat
-from rlvr_landscape_plugin.episodes.rollouts import ERROR, OK, TRUNCATED, Rollout, segments_of
-from rlvr_landscape_plugin.episodes.tasksets import role_config, runtime_needs, unfit, why_unfit
+from rlvr_landscape_plugin.episodes.rollouts import ERROR, OK, TRUNCATED, Rollout, Segment, segments_of
+from rlvr_landscape_plugin.episodes.tasksets import CHAT, role_config, runtime_needs, unfit, why_unfit
 from rlvr_landscape_plugin.errors import LandscapeError, TasksetError
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
 
     from rlvr_landscape_plugin.serving.client import Completion
+
+
+PlayEpisode = Callable[["vf.Task", Callable[[int], int]], Awaitable[Rollout]]
+"""Plays one episode of a task; the second argument gives the sampler's seed of a turn."""
 
 
 class TurnSampler(Protocol):
@@ -59,6 +64,13 @@ class EpisodeRunner:
     runtime: bool = False
     """Give an episode a subprocess runtime where its task needs one: programs of the taskset, and what they do with
     the policy's replies, then run on this machine as this user."""
+    path: str = CHAT
+    """`chat`: the loop of this process. `verifiers`: verifiers' own agents, with the environment's harness, tools and
+    hooks (`verifiers_path.py`)."""
+    tool_parser: str | None = None
+    """How the policy writes tool calls (`tool_calls.py`); None where no task has tools. For the path `verifiers`."""
+    timeout: float | None = None
+    """Seconds until an episode counts as failed, on the path `verifiers`."""
     agent_config: vf.AgentConfig = field(init=False)
     """That of the environment's one role, as it is recorded in traces."""
 
@@ -90,15 +102,16 @@ class EpisodeRunner:
             if id(task) not in self._known:
                 self._known[id(task)] = _KnownTask(task)
 
-        async def one(prompt: int, rollout: int) -> Rollout:
-            async with self._gate:
-                result = await self.episode(tasks[prompt], lambda turn: seed(prompt, rollout, turn))
-            progress()
-            return result
-
         try:
             with _rare_collections():
-                async with asyncio.TaskGroup() as group:
+                async with self._stage() as play, asyncio.TaskGroup() as group:
+
+                    async def one(prompt: int, rollout: int) -> Rollout:
+                        async with self._gate:
+                            result = await play(tasks[prompt], lambda turn: seed(prompt, rollout, turn))
+                        progress()
+                        return result
+
                     cells = [
                         [group.create_task(one(prompt, rollout)) for rollout in range(rollouts)]
                         for prompt in range(len(tasks))
@@ -107,8 +120,19 @@ class EpisodeRunner:
             raise _first(failures) from None
         return [[cell.result() for cell in row] for row in cells]
 
+    @asynccontextmanager
+    async def _stage(self) -> AsyncIterator[PlayEpisode]:
+        """What plays the episodes of one batch, and nothing of it after the batch."""
+        if self.path == CHAT:
+            yield self.episode
+            return
+        from rlvr_landscape_plugin.episodes.verifiers_path import verifiers_stage
+
+        async with verifiers_stage(self) as play:
+            yield play
+
     async def episode(self, task: vf.Task, seed: Callable[[int], int]) -> Rollout:
-        """Play and score one episode. Raises and returns as `batch`."""
+        """Play and score one episode in the chat loop. Raises and returns as `batch`."""
         from verifiers.v1.agent import Agents
 
         play = Play(self, task, seed)
@@ -130,20 +154,32 @@ class EpisodeRunner:
         if play.stopped_by is not None:
             # The taskset's code may have caught it and taken it for an error of the reply.
             raise play.stopped_by
-        return self._result(play, problem)
-
-    def _result(self, play: Play, problem: Exception | None) -> Rollout:
         trace = play.traces[0] if play.traces else None
-        if trace is not None and problem is None and not math.isfinite(trace.reward):
-            problem = ValueError(f"the taskset's reward is {trace.reward}")
         segments = segments_of(trace) if trace is not None else []
-        if problem is not None:
+        return self.result(play, trace, segments, problem)
+
+    def result(
+        self,
+        play: Play,
+        trace: vf.Trace | None,
+        segments: list[Segment],
+        problem: Exception | None,
+        reason: str | None = None,
+    ) -> Rollout:
+        """What a finished episode counts as.
+
+        `problem`: why it failed, to be recorded in its trace. `reason`: the same where the trace has it already.
+        """
+        if trace is not None and problem is None and reason is None and not math.isfinite(trace.reward):
+            problem = ValueError(f"the taskset's reward is {trace.reward}")
+        if problem is not None or reason is not None:
             if trace is None and self.keep_traces:
                 trace = play.new_trace(play.task)
             if trace is not None:
-                trace.record_error(problem)
+                if problem is not None:
+                    trace.record_error(problem)
                 trace.is_completed = True
-            error = f"{type(problem).__name__}: {problem}"
+            error = reason or f"{type(problem).__name__}: {problem}"
             return Rollout(float("nan"), ERROR, segments, error, trace=trace if self.keep_traces else None)
         assert trace is not None
         status = TRUNCATED if play.cut else OK

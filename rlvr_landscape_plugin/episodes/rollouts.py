@@ -13,6 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     import verifiers.v1 as vf
 
+    from rlvr_landscape_plugin.serving.client import Completion
+
 OK, TRUNCATED, ERROR = 0, 1, 2
 """Rollout status, as in the dataset: finished, cut by a length limit, failed."""
 
@@ -114,3 +116,27 @@ def segments_of(trace: vf.Trace) -> list[Segment]:
                 Segment(np.asarray(tokens, np.int32), np.asarray(sampled, bool), np.asarray(logprobs, np.float32))
             )
     return segments
+
+
+def segments_of_calls(calls: Sequence[tuple[list[int], Completion]]) -> list[Segment]:
+    """The turns of an episode, (prompt, what was sampled) in their order, as sequences: as `segments_of` a trace.
+
+    A turn whose prompt goes on from everything before it extends that sequence, any other begins one. Unlike a trace,
+    this holds what was sampled also where a hook replaced the reply.
+    """
+    sequences: list[tuple[list[int], list[bool], list[np.ndarray]]] = []
+    for prompt, completion in calls:
+        before = next((s for s in reversed(sequences) if prompt[: len(s[0])] == s[0]), None)
+        if before is None:
+            before = ([], [], [])
+            sequences.append(before)
+        tokens, sampled, logprobs = before
+        added = prompt[len(tokens) :]
+        tokens += [*added, *completion.tokens.tolist()]
+        sampled += [False] * len(added) + [True] * len(completion.tokens)
+        logprobs.append(completion.logprobs)
+    return [
+        Segment(np.asarray(tokens, np.int32), np.asarray(sampled, bool), np.concatenate(logprobs).astype(np.float32))
+        for tokens, sampled, logprobs in sequences
+        if any(sampled)
+    ]

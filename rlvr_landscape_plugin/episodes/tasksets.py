@@ -1,8 +1,8 @@
-"""Opening a taskset of verifiers, and refusing what an in-process agent cannot do.
+"""Opening a taskset of verifiers, choosing the path of its episodes, and refusing what that path cannot do.
 
-Tools, containers, request hooks, images and rewards that need a runtime are refused when the taskset is opened, never
-skipped: every task is checked, not only the first. verifiers is imported inside functions, so that `--help` does not
-wait for it.
+The chat loop of this process is fast and has neither tools nor hooks nor a harness; verifiers' own agents have all of
+them. What the chosen path lacks is refused when the taskset is opened, never skipped: every task is checked, not only
+the first. verifiers is imported inside functions, so that `--help` does not wait for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlvr_landscape_plugin.errors import TasksetError
@@ -19,18 +20,89 @@ from rlvr_landscape_plugin.errors import TasksetError
 if TYPE_CHECKING:
     import verifiers.v1 as vf
 
+    from rlvr_landscape_plugin.config import EnvConfig
+
+CHAT, VERIFIERS, AUTO = "chat", "verifiers", "auto"
+"""How episodes are played: in the chat loop of this process, by verifiers' own agents, or the first that can."""
 CAPS = ("max_input_tokens", "max_output_tokens", "max_total_tokens")
-"""Limits of a role that a sweep does not enforce."""
+"""Limits of a role that the chat loop does not enforce."""
+TOOLLESS = ("null", "rlvr-chat")
+"""Harnesses that hold the conversation which the chat loop holds."""
 
 
-def open_environment(env_id: str, taskset: Mapping[str, object]) -> vf.Env:
-    """The verifiers environment behind a taskset id, checked for what an in-process agent can honour.
+class NeedsVerifiersError(TasksetError):
+    """A taskset that the chat loop cannot play, and that verifiers' own agents might."""
 
-    Raises `TasksetError` for an unknown id, refused options, and whatever needs more than one policy and a chat loop.
+    @property
+    def lack(self) -> str:
+        """What the chat loop lacks, without the advice."""
+        return str(self).partition("; env.runtime")[0]
+
+
+@dataclass(frozen=True)
+class OpenedTaskset:
+    """A taskset that can be measured, and how."""
+
+    env: vf.Env
+    tasks: list[vf.Task]
+    path: str
+    """`chat` or `verifiers`."""
+    harness: Mapping[str, object] | None = None
+    """Options of the harness on the path `verifiers`."""
+    reason: str = ""
+    """Why it is `verifiers`, if that was chosen here."""
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the policy may call tools: those of the taskset, or those that a harness brings."""
+        harness = (self.harness or {}).get("id")
+        return _serves_tools(self.env, self.tasks) or (harness is not None and harness not in TOOLLESS)
+
+
+def open_tasks(settings: EnvConfig) -> OpenedTaskset:
+    """Open a taskset, load its tasks and choose their path. Raises `TasksetError` where none can play them."""
+    runtime = settings.runtime is not None
+    given = (settings.id, settings.taskset, settings.options)
+    reason = ""
+    if settings.path != VERIFIERS:
+        try:
+            env = open_environment(*given, harness=settings.harness)
+            return OpenedTaskset(env, load_tasks(env, settings.num_prompts, runtime), CHAT)
+        except NeedsVerifiersError as error:
+            if settings.path == CHAT or not runtime:
+                raise
+            reason = error.lack
+    if not runtime:
+        raise TasksetError(
+            "env.path = 'verifiers' runs the environment's harness on this machine, as you and without isolation; "
+            "set env.runtime = 'subprocess' to allow that"
+        )
+    env = open_environment(*given, harness=settings.harness, path=VERIFIERS)
+    tasks = load_tasks(env, settings.num_prompts, runtime, path=VERIFIERS)
+    env = with_harness(env, tasks)
+    harness = role_config(env).harness
+    assert harness is not None
+    chosen = {"id": harness.id} | harness.model_dump(mode="json", exclude_defaults=True)
+    return OpenedTaskset(env, tasks, VERIFIERS, chosen, reason)
+
+
+def open_environment(
+    env_id: str,
+    taskset: Mapping[str, object],
+    options: Mapping[str, object] | None = None,
+    *,
+    harness: Mapping[str, object] | None = None,
+    path: str = CHAT,
+) -> vf.Env:
+    """The verifiers environment behind a taskset id, checked for what `path` can honour.
+
+    `options`: of the environment beside its taskset's. `harness`: of its one role, instead of its own. Raises
+    `TasksetError` for an unknown id, refused options, and more than one role; `NeedsVerifiersError` for what the chat
+    loop lacks.
     """
     from pydantic import ValidationError
     from verifiers.v1.configs.agent import AgentConfig
-    from verifiers.v1.env import Env, EnvConfig
+    from verifiers.v1.env import EnvConfig
     from verifiers.v1.utils.generic import concrete_type
     from verifiers.v1.utils.loaders import environment_class
 
@@ -46,17 +118,19 @@ def open_environment(env_id: str, taskset: Mapping[str, object]) -> vf.Env:
                 "one role"
             )
         (role,) = roles
-        config = config_cls.model_validate(
-            {"taskset": {"id": env_id, **taskset}, role: {"runtime": {"type": "subprocess"}}}
-        )
-        env = cls(config)
+        given = dict(options or {})
+        seat = given.pop(role, {})
+        if not isinstance(seat, Mapping):
+            raise TypeError(f"env.options.{role} is not a table")
+        seat = {**seat, "runtime": {"type": "subprocess"}, **({"harness": dict(harness)} if harness else {})}
+        env = cls(config_cls.model_validate({**given, "taskset": {"id": env_id, **taskset}, role: seat}))
     except TasksetError:
         raise
     except ModuleNotFoundError as error:
         raise TasksetError(f"taskset {env_id!r} (env.id) is not installed: {error}") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset): {problems}") from error
+        raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset, env.options): {problems}") from error
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         if _is_v0(env_id):
             raise TasksetError(
@@ -64,16 +138,73 @@ def open_environment(env_id: str, taskset: Mapping[str, object]) -> vf.Env:
                 "removed that interface in 0.3.2. Use a version of the environment that exports a v1 Taskset"
             ) from error
         raise TasksetError(f"taskset {env_id!r} (env.id) cannot be opened: {error}") from error
-    if env.taskset.toolsets(env.taskset.config):
-        raise TasksetError(f"taskset {env_id!r} serves tools; sweeps drive tool-less chat tasksets")
-    if any(getattr(cls, hook) is not getattr(Env, hook) for hook in ("start", "stop")):
-        raise TasksetError(
-            f"taskset {env_id!r} starts services of its own (Env.start, Env.stop), which a sweep does not"
+    if path == CHAT and (lack := _beyond_chat(env, role)):
+        raise NeedsVerifiersError(
+            f"taskset {env_id!r} {lack}, which the chat loop of a sweep does not; env.runtime = 'subprocess' lets "
+            "verifiers' own agents play it on this machine, as you and without isolation (docs/tasksets.md)"
         )
+    return env
+
+
+def _beyond_chat(env: vf.Env, role: str) -> str | None:
+    """What an environment does and the chat loop does not; None if nothing."""
+    from verifiers.v1.env import Env
+
+    if env.taskset.toolsets(env.taskset.config):
+        return "serves tools"
+    if any(getattr(type(env), hook) is not getattr(Env, hook) for hook in ("start", "stop")):
+        return "starts services of its own (Env.start, Env.stop)"
     for cap in CAPS:
         if getattr(role_config(env), cap, None) is not None:
-            raise TasksetError(f"taskset {env_id!r} sets {role}.{cap}, which sweeps do not enforce; unset it")
+            return f"sets {role}.{cap}"
+    own = _own_harness(env)
+    return None if own is None or own in TOOLLESS else f"has the harness {own!r}"
+
+
+def _own_harness(env: vf.Env) -> str | None:
+    """The id of the harness that the taskset, its role or the user names; None if none of them does."""
+    from verifiers.v1.utils.loaders import default_harness_id
+
+    pinned = role_config(env).harness
+    if pinned is not None:
+        return pinned.id
+    # `bash` is what verifiers says for "none", unless the taskset is called that.
+    found = default_harness_id(env.config.taskset.id)
+    return None if found == "bash" else found
+
+
+def with_harness(env: vf.Env, tasks: Sequence[vf.Task]) -> vf.Env:
+    """The environment with its harness named: its own, else `null`, or `rlvr-chat`, its equal without tools.
+
+    Raises `TasksetError` where verifiers says that harness and tasks do not fit.
+    """
+    from verifiers.v1.configs.harness import HarnessConfig
+    from verifiers.v1.runtimes import SubprocessConfig
+    from verifiers.v1.utils.compile import resolve_runtime_config, validate_pairing
+    from verifiers.v1.utils.loaders import harness_config_type, load_harness
+
+    seat = role_config(env)
+    own = _own_harness(env)
+    if seat.harness is None:
+        name = own or ("null" if _serves_tools(env, tasks) else "rlvr-chat")
+        config: HarnessConfig = harness_config_type(name).model_validate({"id": name})
+        (role,) = (field for field, value in env.config if value is seat)
+        env = type(env)(env.config.model_copy(update={role: seat.model_copy(update={"harness": config})}))
+    chosen = role_config(env).harness
+    assert chosen is not None
+    try:
+        harness = load_harness(chosen)
+        for task in tasks:
+            resolve_runtime_config(SubprocessConfig(), task)
+            tools = [*env.taskset.toolsets(env.taskset.config), *task.toolsets(task.config)]
+            validate_pairing(harness, type(task), SubprocessConfig(), tools=tools)
+    except (ValueError, TypeError, ImportError) as error:
+        raise TasksetError(f"{type(env.taskset).__name__} with the harness {chosen.id!r}: {error}") from error
     return env
+
+
+def _serves_tools(env: vf.Env, tasks: Sequence[vf.Task]) -> bool:
+    return bool(env.taskset.toolsets(env.taskset.config)) or any(task.toolsets(task.config) for task in tasks)
 
 
 def _is_v0(env_id: str) -> bool:
@@ -95,11 +226,13 @@ def role_config(env: vf.Env) -> vf.AgentConfig:
     return config
 
 
-def load_tasks(env: vf.Env, count: int, runtime: bool = False, option: str = "env.num_prompts") -> list[vf.Task]:
+def load_tasks(
+    env: vf.Env, count: int, runtime: bool = False, option: str = "env.num_prompts", path: str = CHAT
+) -> list[vf.Task]:
     """The first `count` tasks, each checked. Raises `TasksetError` when there are fewer, none, or one is unfit.
 
     `runtime`: whether episodes get a subprocess runtime where a task needs one. `option`: where `count` comes from, for
-    the message.
+    the message. `path`: how they will be played; `NeedsVerifiersError` is raised for what only the chat loop lacks.
     """
     name = type(env.taskset).__name__
     try:
@@ -112,8 +245,10 @@ def load_tasks(env: vf.Env, count: int, runtime: bool = False, option: str = "en
         raise TasksetError(f"{name} has {len(tasks)} tasks, {count} were asked for; lower {option}")
     pays = _may_pay(env)
     for index, task in enumerate(tasks):
-        if problems := unfit(task, runtime):
-            raise TasksetError(f"task {index} of {name} needs more than {why_unfit(task, problems)}")
+        if problems := beyond_reach(task):
+            raise TasksetError(f"task {index} of {name} cannot be measured: {', '.join(problems)} (docs/tasksets.md)")
+        if path == CHAT and (problems := unfit(task, runtime)):
+            raise NeedsVerifiersError(f"task {index} of {name} needs more than {why_unfit(task, problems)}")
         if not (pays or task.hooks("reward") or task.plugged_judges()):
             raise TasksetError(
                 f"task {index} of {name} has no reward: its task has no @vf.reward and no judge, and neither run() nor "
@@ -130,6 +265,20 @@ def _may_pay(env: vf.Env) -> bool:
     return type(env).run is not SingleAgentEnv.run or type(env).finalize is not Env.finalize
 
 
+def beyond_reach(task: vf.Task) -> list[str]:
+    """What a task needs and a sweep has on no path; empty if nothing."""
+    problems = []
+    if task.NEEDS_CONTAINER or task.data.image is not None:
+        problems.append("it needs a container")
+    if task.data.artifacts:
+        problems.append("it collects files of its runtime")
+    if not isinstance(task.data.prompt, str | None) and any(
+        not isinstance(message.content, str | None) for message in task.data.prompt
+    ):
+        problems.append("its prompt holds images or other parts that are not text")
+    return problems
+
+
 def unfit(task: vf.Task, runtime: bool = False) -> list[str]:
     """What a task needs that an in-process chat loop does not have; empty if nothing.
 
@@ -139,23 +288,15 @@ def unfit(task: vf.Task, runtime: bool = False) -> list[str]:
     from verifiers.v1.trace import Trace
     from verifiers.v1.utils.decorators import discover_decorated
 
-    problems = [] if runtime else runtime_needs(task)
-    if task.NEEDS_CONTAINER or task.data.image is not None:
-        problems.append("it needs a container")
+    problems = [*beyond_reach(task), *([] if runtime else runtime_needs(task))]
     if task.toolsets(task.config):
         problems.append("it serves tools")
     if task.data.skills:
         problems.append("it installs skills")
-    if task.data.artifacts:
-        problems.append("it collects files of its runtime")
     if discover_decorated(task, "intercept"):
         problems.append("it intercepts model requests")
     if any(hook_boundary(fn, allow_trace=True) is not Trace for fn in task.hooks("stop")):
         problems.append("it stops on requests or responses")
-    if not isinstance(task.data.prompt, str | None) and any(
-        not isinstance(message.content, str | None) for message in task.data.prompt
-    ):
-        problems.append("its prompt holds images or other parts that are not text")
     return problems
 
 
@@ -172,8 +313,13 @@ def runtime_needs(task: vf.Task) -> list[str]:
 def why_unfit(task: vf.Task, problems: Sequence[str]) -> str:
     """The end of a sentence about a task that needs more than is there: what it needs, and what may help."""
     said = f"an in-process chat loop: {', '.join(problems)}"
-    if not unfit(task, runtime=True):
+    if runtime_needs(task) and not unfit(task, runtime=True):
         said += "; env.runtime = 'subprocess' runs that on this machine, as you and without isolation"
+    elif not beyond_reach(task):
+        said += (
+            "; env.runtime = 'subprocess' with env.path = 'auto' or 'verifiers' lets verifiers' own agents do that, on "
+            "this machine, as you and without isolation"
+        )
     return f"{said} (docs/tasksets.md)"
 
 

@@ -35,7 +35,7 @@ from rlvr_landscape_plugin.sweep.snapshots import open_snapshots
 if TYPE_CHECKING:
     import verifiers.v1 as vf
 
-    from rlvr_landscape_plugin.episodes import ChatFormat
+    from rlvr_landscape_plugin.episodes import ChatFormat, OpenedTaskset
     from rlvr_landscape_plugin.sweep.point import PointMeter
     from rlvr_landscape_plugin.sweep.range_search import Coordinates, Probe
 
@@ -44,14 +44,34 @@ logger = logging.getLogger("rlvr_landscape.sweep")
 
 async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
     """Measure everything that `config` asks for and is not measured yet; returns the datasets' paths."""
-    from rlvr_landscape_plugin.episodes import check_chat, load_tasks, open_environment
+    from rlvr_landscape_plugin.episodes import check_chat, open_tasks
 
     snapshots = open_snapshots(config)
-    env = open_environment(config.env.id, dict(config.env.taskset))
-    tasks = load_tasks(env, config.env.num_prompts, runtime=config.env.runtime is not None)
-    check_chat([snapshots[0].model, *(snapshot.path for snapshot in snapshots)], tasks)
+    opened = open_tasks(config.env)
+    check_chat([snapshots[0].model, *(snapshot.path for snapshot in snapshots)], opened.tasks)
+    config = with_path(config, opened, snapshots[0], display)
     async with Fleet(config, snapshots, display) as fleet:
-        return await Sweep(config, snapshots, env, tasks, fleet, display).run()
+        return await Sweep(config, snapshots, opened.env, opened.tasks, fleet, display).run()
+
+
+def with_path(config: SweepConfig, opened: OpenedTaskset, first: Snapshot, display: Display) -> SweepConfig:
+    """The configuration with the path of its episodes, which is said where it is not the chat loop.
+
+    Raises `SnapshotError` or `ConfigurationError` where there are tools and the policy could not call them.
+    """
+    from rlvr_landscape_plugin.episodes import ChatFormat, check_tool_parser
+
+    chosen: JsonObject = {"path": opened.path}
+    if opened.path == "verifiers":
+        parser = check_tool_parser(ChatFormat(first.model), config.env.tool_parser) if opened.has_tools else None
+        chosen |= {"harness": dict(opened.harness or {}), "tool_parser": parser}
+        tools = f", tool calls as {parser!r}" if parser else ""
+        why = f": {opened.reason}" if opened.reason else ""
+        display.say(
+            f"episodes are played by verifiers' own agents (harness {chosen['harness'].get('id')!r}{tools}), which is "
+            f"slower than the chat loop{why}"
+        )
+    return config.model_copy(update={"env": config.env.model_copy(update=chosen)})
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,9 @@ class Sweep:
             config.env.max_concurrent,
             keep_traces=config.save_traces,
             runtime=config.env.runtime is not None,
+            path=config.env.path,
+            tool_parser=config.env.tool_parser,
+            timeout=config.env.timeout,
         )
         env, client = config.env, server.client
         return PointMeter(client, runner, self.tasks, env.rollouts, config.seed, config.surrogate, env.base_rollouts)

@@ -50,6 +50,8 @@ uv pip install -r requirements.txt "${sources[@]}" verifiers renderers prime-pyd
 uv pip install --no-deps -e "$checkout" "modelexpress==$modelexpress"
 uv pip install -e "$here" "${pins[@]}"
 uv pip install --no-deps -e "$here/environments/rlvr_alphabet_sort" -e "$here/environments/rlvr_word_problems"
+# A run starts a dozen processes; each would compile torch, transformers and vLLM where PYTHONDONTWRITEBYTECODE is set.
+"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" > "$lists/compile.log" 2>&1 || true    # files for other versions
 "$venv/bin/python" -c "import prime_rl, torch, transformers, verifiers, vllm, rlvr_landscape_plugin" ||
     { echo "error: the environment does not import in $venv; remove the directory and try again" >&2; exit 2; }
 echo "$stamp $here" > "$venv/.rlvr-landscape"

@@ -24,7 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import xarray as xr
 from prime_rl_run import (
     POLICY,
     ROOT,
@@ -255,11 +257,37 @@ def test_a_full_disk_and_two_trainer_ranks(workplace):
     assert row["kl_k3/mean"] == pytest.approx(row["mismatch_kl/all/mean"], rel=1e-3, abs=1e-7)
 
 
-def test_clip_higher_runs(workplace):
-    run = finished(workplace.rl(variant="clip_higher", max_steps=1))
-    manifest = open_snapshot(run.directory / "snapshots" / "step_000001").manifest
-    assert manifest is not None
-    assert manifest.objective["options"]["clip_high"] == 0.28
+def test_a_sweep_follows_a_run_that_goes_on(workplace):
+    """Clip-Higher: three snapshots are measured, on a server that the sweep starts, before training has ended."""
+    run = workplace.rl(
+        variant="clip_higher",
+        max_steps=1000,
+        ckpt={"interval": 1000},
+        trainer={"loss": {"kwargs": {"snapshots": "0, 1, 3"}}},
+    )
+    output = workplace.root / "followed"
+    options = ["@", str(ROOT / "configs" / "sweep" / "paper.toml"), "--follow", str(run.directory)]
+    options += ["--surrogate.advantage_scale", "none", "--output", str(output), "--follow-patience", "300"]
+    options += ["--env.taskset.source", "builtin", *SMALL_GRID, "--env.max_concurrent", "64"]
+    options += ["--sampling.max_tokens", "64", "--server.device", "cpu", "--server.dtype", "float32"]
+    options += ["--server.max_model_len", "1024", "--server.max_num_seqs", "64"]
+    done = project(workplace, "rlvr_landscape_plugin.sweep", *options)
+    assert done.returncode == 0, done.stdout + done.stderr + run.tail()
+    assert run.process.poll() is None, run.tail()  # training goes on
+    assert max(run.metrics()) > 3
+    run.end()
+
+    assert "3 snapshots, steps 0, 1, 3" in done.stdout + done.stderr
+    datasets = sorted(output.glob("*.nc"))
+    assert [file.name for file in datasets] == [f"landscape_step{step:06d}_slice0.nc" for step in (0, 1, 3)]
+    for step, file in zip((0, 1, 3), datasets, strict=True):
+        snapshot = open_snapshot(run.directory / "snapshots" / f"step_{step:06d}")
+        assert snapshot.manifest is not None
+        assert snapshot.manifest.objective["options"]["clip_high"] == 0.28
+        with xr.open_dataset(file) as landscape:
+            assert landscape.attrs["snapshot_sha256"] == snapshot.sha256
+            assert landscape.reward.shape == (3, 3, 6, 4)
+            assert np.isfinite(landscape.reward).all()
 
 
 def test_random_rewards_run(workplace):

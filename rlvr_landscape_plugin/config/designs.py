@@ -20,6 +20,12 @@ LARGEST_RATIO = 1e9
 """Largest ratio of the two ends of an axis: beyond it the shorter end is lost in the rounding of the longer."""
 
 
+SUBSPACE_KINDS = ("lora", "lora_complement")
+"""Kinds of directions that are the part of a random one in an adapter's subspace, or outside of it."""
+DRAWN_KINDS = ("random", *SUBSPACE_KINDS)
+"""Kinds of directions that follow from a seed."""
+
+
 class AxisConfig(StrictConfig):
     """One axis of the grid, in units of the direction (`tensor`: α = 0.05 moves 5 % of a tensor's norm)."""
 
@@ -96,9 +102,11 @@ class GridConfig(StrictConfig):
 class DirectionConfig(StrictConfig):
     """One axis of the slice."""
 
-    kind: Literal["random", "displacement", "update", "pca", "file"] = "random"
-    """`random`: drawn from the slice's seed. `displacement`: θ_t − θ_0 of the run. `update`: next snapshot − θ_t.
-    `pca`: a principal component of the run's snapshots about the last. `file`: a tensor file, such as a gradient."""
+    kind: Literal["random", "lora", "lora_complement", "displacement", "update", "pca", "file"] = "random"
+    """`random`: drawn from the slice's seed. `lora`: its part in the subspace in which the adapter that is measured can
+    move. `lora_complement`: its part outside of it. `displacement`: θ_t − θ_0 of the run. `update`: next snapshot −
+    θ_t. `pca`: a principal component of the run's snapshots about the last. `file`: a tensor file, such as a
+    gradient."""
     normalization: Literal["none", "tensor", "filter", "global"] | None = None
     """How the direction is scaled to the weights; default: `slice.normalization` for a random direction, otherwise
     `none`, so that coordinate 1 is the whole displacement, update or file (`pca`: as far as the run went)."""
@@ -113,8 +121,10 @@ class DirectionConfig(StrictConfig):
             raise ValueError(f"kind = {self.kind!r} and file = {self.file}: set file with kind = 'file' and only then")
         if self.component != 1 and self.kind != "pca":
             raise ValueError(f"component = {self.component} needs kind = 'pca', not {self.kind!r}")
-        if self.kind == "random" and self.normalization == "none":
+        if self.kind in DRAWN_KINDS and self.normalization == "none":
             raise ValueError("normalization = 'none' leaves a random direction without a unit; choose another")
+        if self.kind in SUBSPACE_KINDS and self.normalization == "filter":
+            raise ValueError(f"normalization = 'filter' scales rows, which leads out of kind = {self.kind!r}")
         return self
 
 
@@ -148,7 +158,10 @@ class SliceConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _seeds_matter(self) -> SliceConfig:
-        if len(self.seeds) > 1 and "random" not in (self.alpha.kind, self.beta.kind):
+        for axis in (self.alpha, self.beta):
+            if axis.kind in SUBSPACE_KINDS and self.normalization == "filter" and axis.normalization is None:
+                raise ValueError(f"normalization = 'filter' scales rows, which leads out of kind = {axis.kind!r}")
+        if len(self.seeds) > 1 and not {self.alpha.kind, self.beta.kind} & set(DRAWN_KINDS):
             raise ValueError(f"seeds = {self.seeds} would measure one slice several times: no axis is random; give one")
         return self
 

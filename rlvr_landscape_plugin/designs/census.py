@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlvr_landscape_plugin.config.designs import DRAWN_KINDS
 from rlvr_landscape_plugin.designs.design import Design, Point, Surroundings, drawn_attributes, drawn_identity
 from rlvr_landscape_plugin.directions import AXES, PreparedSlice, prepare_slice
+from rlvr_landscape_plugin.directions.kinds import Request, SubspaceDirection
 from rlvr_landscape_plugin.directions.trajectory import squared
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
 from rlvr_landscape_plugin.snapshot import Snapshot
@@ -30,8 +32,8 @@ SIGNS = (1, -1)
 def census_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
     """The census around one snapshot.
 
-    Raises `ConfigurationError` for slices that are not two random directions as long as the weights, and where the unit
-    of the radii is a displacement that is not known.
+    Raises `ConfigurationError` for slices that are not two random directions of one kind, as long as the weights that
+    they move, and where the unit of the radii is a displacement that is not known.
     """
     census, snapshot = config.census, around.snapshot
     _check(config)
@@ -40,8 +42,9 @@ def census_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
     unit, said = _unit(config, around, theta)
     radii = census.values()
     relative = radii * unit / theta
+    lengths = _lengths(slices[0], around, theta)
     points = tuple(
-        Point((pair, way, at), pair // 2, *_coordinates(pair, sign * float(distance)))
+        Point((pair, way, at), pair // 2, *_coordinates(pair, sign * float(distance), lengths))
         for first in range(0, census.pairs, 2)
         for at, distance in enumerate(relative)
         for pair in range(first, min(first + 2, census.pairs))
@@ -85,10 +88,11 @@ def census_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
 
 def _check(config: SweepConfig) -> None:
     table = config.slice
-    if table.alpha.kind != "random" or table.beta.kind != "random" or table.orthogonalize:
+    if table.alpha.kind not in DRAWN_KINDS or table.alpha.kind != table.beta.kind or table.orthogonalize:
         raise ConfigurationError(
-            "design = 'census' draws all its directions: leave slice.alpha, slice.beta and slice.orthogonalize out "
-            "(design = 'path' measures along directions of training)"
+            "design = 'census' draws all its directions alike: leave slice.alpha, slice.beta and slice.orthogonalize "
+            "out, or give both axes the kind 'lora' or 'lora_complement' (design = 'path' measures along directions of "
+            "training)"
         )
     scales = {"": table.normalization, "alpha.": table.alpha.normalization, "beta.": table.beta.normalization}
     for key, given in scales.items():
@@ -112,8 +116,18 @@ def _slices(config: SweepConfig, around: Surroundings) -> Iterable[PreparedSlice
         yield prepare_slice(config.slice, seed, around.trajectory, around.folder)
 
 
-def _coordinates(pair: int, distance: float) -> tuple[float, float]:
-    return (distance, 0.0) if pair % 2 == 0 else (0.0, distance)
+def _lengths(slice_: PreparedSlice, around: Surroundings, theta: float) -> tuple[float, float]:
+    """‖θ‖ over the length of δ and of η: not 1 where a direction moves some of the weights only."""
+    ratios = []
+    for axis in AXES:
+        request = Request(slice_.spec, axis, around.trajectory)
+        ratios.append(1.0 if request.direction.kind == "random" else theta / SubspaceDirection(request).norm())
+    return ratios[0], ratios[1]
+
+
+def _coordinates(pair: int, distance: float, lengths: tuple[float, float]) -> tuple[float, float]:
+    """The coordinates at a distance, in units of ‖θ‖, along a pair's direction."""
+    return (distance * lengths[0], 0.0) if pair % 2 == 0 else (0.0, distance * lengths[1])
 
 
 def _unit(config: SweepConfig, around: Surroundings, theta: float) -> tuple[float, str]:

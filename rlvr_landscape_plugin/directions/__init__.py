@@ -13,6 +13,7 @@ from rlvr_landscape_plugin.directions.spec import (
     raw_direction,
     scaled_direction,
 )
+from rlvr_landscape_plugin.directions.subspace import Subspace, subspace_of
 from rlvr_landscape_plugin.directions.trajectory import Displacement, Trajectory
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "GENERATOR",
     "PreparedSlice",
     "SliceSpec",
+    "Subspace",
     "Trajectory",
     "fingerprint",
     "global_scales",
@@ -31,4 +33,5 @@ __all__ = [
     "principal_terms",
     "raw_direction",
     "scaled_direction",
+    "subspace_of",
 ]

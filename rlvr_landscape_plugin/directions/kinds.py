@@ -21,11 +21,13 @@ import numpy as np
 from rlvr_landscape_plugin.directions.spec import (
     Axis,
     DirectionSpec,
+    Part,
     SliceSpec,
     global_scales,
     scale_factor,
     scaled_direction,
 )
+from rlvr_landscape_plugin.directions.subspace import Subspace, subspace_of
 from rlvr_landscape_plugin.directions.trajectory import Trajectory, combination, squared
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
 from rlvr_landscape_plugin.files import file_sha256
@@ -54,6 +56,11 @@ class Request:
     def origin(self) -> Snapshot:
         """The snapshot that the slice lies around."""
         return self.trajectory.origin
+
+    @cached_property
+    def subspace(self) -> Subspace | None:
+        """That of the origin, if it is an adapter."""
+        return subspace_of(self.origin)
 
     @cached_property
     def names(self) -> list[str]:
@@ -88,20 +95,40 @@ class RandomDirection(Direction):
     def __init__(self, request: Request) -> None:
         super().__init__(request)
         self.description = f"random, seed {request.spec.seed}"
+        self._part: Part | None = None
 
     def compute(self) -> None:
         """Find the factor of `normalization = "global"`."""
         request = self.request
-        self._global_scale = global_scales(request.spec, request.names, self._weight)[request.axis]
+        self._global_scale = global_scales(request.spec, request.names, self._weight, self._part)[request.axis]
 
     def scaled(self, name: str) -> np.ndarray:
         """The float32 values that a server draws, as float64."""
         request = self.request
-        drawn = scaled_direction(request.spec, request.axis, name, self._weight(name), self._global_scale)
+        drawn = scaled_direction(request.spec, request.axis, name, self._weight(name), self._global_scale, self._part)
         return drawn.astype(np.float64)
 
     def _weight(self, name: str) -> np.ndarray:
         return self.request.origin.read(name).astype(np.float32)
+
+
+class SubspaceDirection(RandomDirection):
+    """The part of a random direction in the subspace of the adapter that is measured (`lora`), or the part outside of
+    it (`lora_complement`); the parts of one seed are parts of one noise."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+        # Raises for a whole model.
+        self._subspace, kind = request.subspace or Subspace(request.origin), request.direction.kind
+        self._part = self._subspace.part
+        self.description = f"{self._subspace.described(kind, request.names)}, seed {request.spec.seed}"
+
+    def norm(self) -> float:
+        """Length over all tensors where it is scaled per `tensor` or `global`."""
+        direction, names = self.request.direction, self.request.names
+        if direction.normalization != "global":
+            names = [name for name in names if self._subspace.moves(direction.kind, name)]
+        return math.sqrt(sum(squared(self._weight(name)) for name in names))
 
 
 class _Given(Direction):
@@ -200,6 +227,8 @@ class FileDirection(_Given):
 
 KINDS: Mapping[str, Callable[[Request], Direction]] = {
     "random": RandomDirection,
+    "lora": SubspaceDirection,
+    "lora_complement": SubspaceDirection,
     "displacement": DisplacementDirection,
     "update": UpdateDirection,
     "pca": PrincipalDirection,

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from rlvr_landscape_plugin.config import DirectionConfig, SliceConfig
-from rlvr_landscape_plugin.directions.kinds import KINDS, Direction, RandomDirection, Request, fitting_tensors
+from rlvr_landscape_plugin.config.designs import DRAWN_KINDS
+from rlvr_landscape_plugin.directions.kinds import KINDS, Direction, Request, fitting_tensors
 from rlvr_landscape_plugin.directions.spec import (
     AXES,
     GENERATOR,
@@ -67,7 +68,7 @@ def prepare_slice(slice_: SliceConfig, seed: int, trajectory: Trajectory, folder
     for axis in AXES:
         choice: DirectionConfig = getattr(slice_, axis)
         orthogonal = axis == "beta" and slice_.orthogonalize
-        scale: Normalization = choice.normalization or (slice_.normalization if choice.kind == "random" else "none")
+        scale: Normalization = choice.normalization or (slice_.normalization if choice.kind in DRAWN_KINDS else "none")
         wanted = DirectionSpec(choice.kind, scale, choice.component, orthogonal)
         if choice.kind != "random" or orthogonal or scale != slice_.normalization:
             spec = replace(spec, **{axis: wanted})
@@ -75,6 +76,9 @@ def prepare_slice(slice_: SliceConfig, seed: int, trajectory: Trajectory, folder
         if choice.kind != "random" or orthogonal:
             try:
                 direction = KINDS[choice.kind](Request(spec, axis, trajectory, choice.file))
+                if choice.kind in DRAWN_KINDS and not orthogonal:
+                    description[axis] = f"{direction.description}, scaled per {scale}"
+                    continue
                 made, files[axis], description[axis] = _find_or_write(direction, files.get("alpha"), folder)
             except (ConfigurationError, SnapshotError) as error:
                 raise type(error)(f"slice.{axis} (kind = {choice.kind!r}): {error}") from error
@@ -92,7 +96,7 @@ def _find_or_write(direction: Direction, alpha: Path | None, folder: Path) -> tu
         "axis": request.axis,
         "moves": request.names,
         "scaled to": "" if wanted.normalization == "none" else request.origin.sha256,
-        "seed": request.spec.seed if wanted.kind == "random" else None,
+        "seed": request.spec.seed if wanted.kind in DRAWN_KINDS else None,
         "orthogonal to": _definition_of_alpha(request) if wanted.orthogonal else None,
     }
     home = folder / f"{wanted.kind}_{digest(definition)[:16]}"
@@ -135,7 +139,8 @@ def _alpha(request: Request, file: Path | None) -> Callable[[str], np.ndarray] |
     if file is not None:
         tensors = safetensors_header(file)
         return lambda name: read_tensor(tensors, name).astype(np.float64)
-    drawn = RandomDirection(replace(request, axis="alpha"))
+    of_alpha = replace(request, axis="alpha")
+    drawn = KINDS[of_alpha.direction.kind](of_alpha)
     drawn.compute()
     return drawn.scaled
 

@@ -1,6 +1,7 @@
 """The slice: two directions in weight space, and how they are scaled.
 
-A random direction is a pure function of (seed, axis, tensor name, shape). Neither the device, the process, the order of
+A random direction is a pure function of (seed, axis, tensor name, shape), and where only its part in an adapter's
+subspace or outside of it is kept (subspace.py), of the adapter. Neither the device, the process, the order of
 tensors nor the tensor-parallel layout enters, so a random slice is reproducible from its `SliceSpec` and the snapshot
 alone, and a server draws it itself. A direction that training gives (displacement, update, principal component, file),
 and any that is orthogonalised, is computed once by `prepare_slice`, in float64 and one tensor at a time, and becomes a
@@ -17,10 +18,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
+from rlvr_landscape_plugin.config.designs import DRAWN_KINDS
+from rlvr_landscape_plugin.errors import ConfigurationError
 from rlvr_landscape_plugin.files import JsonObject
 
 GENERATOR = "numpy-philox-sha256-v1"
@@ -31,12 +34,20 @@ AXES: tuple[Axis, Axis] = ("alpha", "beta")
 Normalization = Literal["none", "tensor", "filter", "global"]
 
 
+class Part(Protocol):
+    """Takes the part of drawn noise that a kind other than `random` keeps (`subspace.Subspace.part`)."""
+
+    def __call__(self, kind: str, name: str, values: np.ndarray) -> np.ndarray:
+        """The part of `values`, float64, of the same shape."""
+        ...
+
+
 @dataclass(frozen=True)
 class DirectionSpec:
     """What defines one direction besides the slice's seed and globs."""
 
     kind: str = "random"
-    """`random`, `displacement`, `update`, `pca` or `file`; see `config.DirectionConfig`."""
+    """`random`, `lora`, `lora_complement`, `displacement`, `update`, `pca` or `file`; see `config.DirectionConfig`."""
     normalization: Normalization = "tensor"
     """As `SliceSpec.normalization`; `none` keeps the length that training gave."""
     component: int = 1
@@ -123,16 +134,35 @@ def _ratio(weight_norm: np.ndarray | np.float64, noise_norm: np.ndarray | np.flo
     return np.divide(weight_norm, noise_norm, out=np.zeros_like(weight_norm), where=noise_norm > 0)
 
 
-def scaled_direction(spec: SliceSpec, axis: Axis, name: str, weight: np.ndarray, global_scale: float) -> np.ndarray:
+def _drawn(spec: SliceSpec, axis: Axis, name: str, shape: tuple[int, ...], part: Part | None) -> np.ndarray:
+    """The noise of an axis in one tensor before it is scaled: float32, or the float64 part of it that the kind keeps.
+
+    Raises `ConfigurationError` for a kind that is not drawn, and for one that needs an adapter where there is none.
+    """
+    noise, kind = raw_direction(spec.seed, axis, name, shape), spec.direction(axis).kind
+    if kind == "random":
+        return noise
+    if kind not in DRAWN_KINDS:
+        raise ConfigurationError(f"slice.{axis}: kind = {kind!r} is not drawn from a seed; its file is missing")
+    if part is None:
+        raise ConfigurationError(f"slice.{axis}: kind = {kind!r} needs a snapshot that is a LoRA adapter")
+    return part(kind, name, noise)
+
+
+def scaled_direction(
+    spec: SliceSpec, axis: Axis, name: str, weight: np.ndarray, global_scale: float, part: Part | None = None
+) -> np.ndarray:
     """The random δ (axis alpha) or η (axis beta) for one tensor: float32, the shape of `weight`.
 
-    Norms are taken in float64 and applied as one float32 factor. `global_scale` is used by `global` only (see
-    `global_scales`). A tensor of zeros does not move under `tensor` and `filter`: its norm is 0.
+    Norms are taken in float64 and applied as one float32 factor (to a part of the noise, in float64). `global_scale` is
+    used by `global` only (see `global_scales`). A tensor of zeros does not move under `tensor` and `filter`: its norm
+    is 0. `part`: of the adapter that the kinds `lora` and `lora_complement` refer to.
     """
     if not spec.moves(name):
         return np.zeros(weight.shape, dtype=np.float32)
-    noise = raw_direction(spec.seed, axis, name, weight.shape)
-    return noise * scale_factor(spec.direction(axis).normalization, weight, noise, global_scale).astype(np.float32)
+    noise = _drawn(spec, axis, name, weight.shape, part)
+    factor = scale_factor(spec.direction(axis).normalization, weight, noise, global_scale)
+    return (noise * factor.astype(noise.dtype)).astype(np.float32)
 
 
 def scale_factor(
@@ -151,7 +181,9 @@ def scale_factor(
     return _ratio(_norm(weight, rest), _norm(values, rest))
 
 
-def global_scales(spec: SliceSpec, names: Iterable[str], weight: Callable[[str], np.ndarray]) -> dict[Axis, float]:
+def global_scales(
+    spec: SliceSpec, names: Iterable[str], weight: Callable[[str], np.ndarray], part: Part | None = None
+) -> dict[Axis, float]:
     """The factor of `normalization = "global"` for each random axis: ‖θ‖ / ‖noise‖ over the tensors that move."""
     axes: list[Axis] = [axis for axis in AXES if spec.drawn(axis) and spec.direction(axis).normalization == "global"]
     theta = 0.0
@@ -161,7 +193,7 @@ def global_scales(spec: SliceSpec, names: Iterable[str], weight: Callable[[str],
             values = weight(name)
             theta += float(_norm(values)) ** 2
             for axis in axes:
-                noise[axis] += float(_norm(raw_direction(spec.seed, axis, name, values.shape))) ** 2
+                noise[axis] += float(_norm(_drawn(spec, axis, name, values.shape, part))) ** 2
     scales: dict[Axis, float] = {axis: 1.0 for axis in AXES}
     for axis in axes:
         scales[axis] = math.sqrt(theta / noise[axis]) if noise[axis] else 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever a message changes; client and server must agree."""
 MAX_BODY_BYTES = 256 * 2**20
 MAX_REQUESTS = 1024

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER
 
+from rlvr_landscape_plugin.config.designs import DRAWN_KINDS
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
 from rlvr_landscape_plugin.schedule import parse_schedule
 from rlvr_landscape_plugin.snapshot import Snapshot, find_snapshots, open_snapshot, step_of_path
@@ -76,11 +77,11 @@ def check_followable(config: SweepConfig) -> None:
         "shards would each wait for the others' snapshots; give one process several server.urls": config.shard
         is not None,
         f"design = {config.design!r} can look at later snapshots; only 'grid' can be followed": config.design != "grid",
-        "directions of the training run need its later snapshots; only random ones can be followed": {
+        "directions of the training run need its later snapshots; only random ones can be followed": not {
             config.slice.alpha.kind,
             config.slice.beta.kind,
         }
-        != {"random"},
+        <= set(DRAWN_KINDS),
     }
     for reason, holds in problems.items():
         if holds:

@@ -26,7 +26,7 @@ from conftest import POLICY
 from safetensors.torch import load_file
 from toy_run import make_toy_adapters
 
-from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, scaled_direction
+from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, Subspace, scaled_direction
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.launch import free_port
 from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, MOVE_PATH_VARIABLE, ROOTS_VARIABLE
@@ -122,6 +122,33 @@ def test_an_adapter_is_its_base_with_the_change_merged(engine, tmp_path):
     torch.testing.assert_close(engine.model.state()[name], expected + 0.1 * torch.from_numpy(delta), rtol=0, atol=1e-6)
     assert "is an adapter: name the directory of its base model" in load_with("")["error"]
     assert "outside the server's" in load_with("/usr")["error"]
+
+
+@pytest.mark.parametrize("mode", ["float32", "half", "regenerated"])
+@pytest.mark.parametrize("kind", ["lora", "lora_complement"])
+def test_directions_of_an_adapter_are_drawn_by_the_server_in_every_memory_mode(
+    engine, tmp_path, monkeypatch, kind, mode
+):
+    monkeypatch.setenv(DIRECTIONS_MEMORY_VARIABLE, mode)
+    path = make_toy_adapters(tmp_path, {3: 0.5})[3]
+    snapshot, direction = open_snapshot(path), DirectionSpec(kind)
+    spec = SliceSpec(0, alpha=direction, beta=direction)
+    request = functools.partial(LoadRequest, snapshot=str(path), slice=spec.as_dict(), base=str(POLICY))
+    facts = reported(lambda folder: engine.init_transfer_engine(request(folder)))
+    assert ("regenerated" in facts["directions_memory"]) == (mode == "regenerated")
+    assert call(engine, 0.2, -0.1)["weights"] == "moved"
+    state, part = engine.model.state(), Subspace(snapshot).part
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
+        weight = snapshot.read(name)
+        delta, eta = (scaled_direction(spec, axis, name, weight, 1.0, part) for axis in AXES)
+        tolerance = 0.004 * np.abs(delta).max() if mode == "half" else 1e-6
+        np.testing.assert_allclose(state[name].numpy(), weight + 0.2 * delta - 0.1 * eta, rtol=0, atol=tolerance)
+        assert (np.abs(state[name].numpy() - weight).max() > 1e-4) == (kind != "lora" or "q_proj" in name)
+    refused = functools.partial(LoadRequest, snapshot=str(POLICY), slice=spec.as_dict())
+    assert (
+        "cannot be drawn around this snapshot"
+        in reported(lambda folder: engine.init_transfer_engine(refused(folder)))["error"]
+    )
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

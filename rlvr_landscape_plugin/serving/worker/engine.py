@@ -34,6 +34,7 @@ from rlvr_landscape_plugin.directions import (
     AXES,
     SliceSpec,
     fingerprint,
+    subspace_of,
 )
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
@@ -194,7 +195,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
             spec = SliceSpec(**init_info.slice)
             dtype = memory.HALF if wish == "half" else torch.float32
-            slice_ = Slice.build(load_tensors(snapshot), spec, files, dtype)
+            slice_ = Slice.build(load_tensors(snapshot), spec, files, dtype, subspace_of(snapshot))
             moving = sum(slice_.theta[name].numel() for name in slice_.moving)
             theta_squared = slice_.theta_squared
         except (ValueError, OSError, TypeError) as error:

@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlvr_landscape_plugin.directions import AXES, Axis, SliceSpec, global_scales, open_direction, scaled_direction
+from rlvr_landscape_plugin.config.designs import DRAWN_KINDS
+from rlvr_landscape_plugin.directions import (
+    AXES,
+    Axis,
+    SliceSpec,
+    Subspace,
+    global_scales,
+    open_direction,
+    scaled_direction,
+)
 from rlvr_landscape_plugin.serving.worker.kernel_layout import in_threads
 from rlvr_landscape_plugin.snapshot import Snapshot, read_tensor
 
@@ -78,11 +87,12 @@ class Slice:
         spec: SliceSpec,
         files: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
+        subspace: Subspace | None = None,
     ) -> Slice:
         """Directions that are drawn from the seed, or read from `files`, when needed; rounded to `dtype`.
 
-        `theta`: CPU tensors. Raises `SnapshotError` for a file that is not the one `spec` names, `ValueError` if one is
-        missing.
+        `theta`: CPU tensors. `subspace`: that of the snapshot, if it is an adapter. Raises `SnapshotError` for a file
+        that is not the one `spec` names, `ValueError` if one is missing, and for a kind that cannot be drawn here.
         """
 
         def weight(name: str) -> np.ndarray:
@@ -97,13 +107,17 @@ class Slice:
                 read[axis] = open_direction(spec, axis, Path((files or {})[axis]), shapes)
                 for name in read[axis]:
                     read_tensor(read[axis], name)  # NaN is refused here, not in the middle of a move
-        scales = global_scales(spec, theta, weight)
+        part = None if subspace is None else subspace.part
+        kinds = {spec.direction(axis).kind for axis in AXES if spec.drawn(axis)} - {"random"}
+        if kinds and (subspace is None or not kinds <= set(DRAWN_KINDS)):
+            raise ValueError(f"directions of kind {sorted(kinds)} cannot be drawn around this snapshot")
+        scales = global_scales(spec, theta, weight, part)
 
         def draw(axis: Axis, name: str) -> torch.Tensor:
             if axis in read:
                 values = read_tensor(read[axis], name)
             else:
-                values = scaled_direction(spec, axis, name, weight(name), scales[axis])
+                values = scaled_direction(spec, axis, name, weight(name), scales[axis], part)
             return torch.from_numpy(values).to(dtype)
 
         return cls(spec, theta, draw)

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -25,45 +26,77 @@ from rich.table import Table
 from workload import MAX_TOKENS, TASKSET, evaluate
 
 from rlvr_landscape_plugin.config import EnvConfig, ServerConfig, SurrogateConfig
-from rlvr_landscape_plugin.episodes import ChatFormat, EpisodeRunner, load_tasks, open_environment, sampling_seed
+from rlvr_landscape_plugin.episodes import (
+    ChatFormat,
+    EpisodeRunner,
+    Rollout,
+    load_tasks,
+    open_environment,
+    sampling_seed,
+)
 from rlvr_landscape_plugin.serving.client import LandscapeClient
-from rlvr_landscape_plugin.serving.launch import LocalServer, local_server
+from rlvr_landscape_plugin.serving.launch import local_server
 from rlvr_landscape_plugin.snapshot import open_snapshot
 from rlvr_landscape_plugin.sweep.point import PointMeter
 
 PROMPTS, ROLLOUTS = 32, 4
 
 
-async def ours(server: LocalServer, repeats: int) -> tuple[list[float], float, list[float], list[float]]:
-    """(seconds per batch, mean reward, wall seconds per point, CPU seconds per point)."""
-    policy = open_snapshot("tiny-sorter").path
+@dataclass
+class Ours:
+    """Batches of episodes and grid points of the in-process loop."""
+
+    batches: list[float]
+    """Seconds of each batch."""
+    rewards: list[float]
+    """Of every episode of the batches."""
+    tokens: list[int]
+    """Sampled tokens of each batch."""
+    walls: list[float]
+    """Seconds of each grid point."""
+    cpus: list[float]
+    """CPU seconds of this process in each grid point."""
+    last: list[list[Rollout]]
+    """The last batch: [prompt][rollout]."""
+
+
+async def ours(
+    client: LandscapeClient,
+    policy: Path,
+    repeats: int,
+    prompts: int = PROMPTS,
+    rollouts: int = ROLLOUTS,
+    max_concurrent: int = 512,
+) -> Ours:
+    """Batches and grid points in turn, on a server that holds `policy`."""
     env = open_environment(EnvConfig().id, TASKSET)
-    tasks, chat = load_tasks(env, PROMPTS), ChatFormat(policy)
-    batches, walls, cpus, rewards = [], [], [], []
-    async with LandscapeClient(server.url, server.token) as client:
-        await client.load(str(policy), {"seed": 0})
-        await client.move(0.0, 0.0)
-        runner = EpisodeRunner(env, chat, client, MAX_TOKENS, 1024)
-        meter = PointMeter(client, runner, tasks, ROLLOUTS, 0, SurrogateConfig())
-        base = await meter.base(lambda: None)
-        for repeat in range(repeats):
-            started = time.perf_counter()
-            batch = await runner.batch(tasks, ROLLOUTS, _seeds(repeat), _quiet)
-            batches.append(time.perf_counter() - started)
-            rewards += [cell.reward for row in batch for cell in row]
-            started, used = time.perf_counter(), time.process_time()
-            await meter.point(base, 0.05, 0.05 * repeat, _quiet)
-            walls.append(time.perf_counter() - started)
-            cpus.append(time.process_time() - used)
-    return batches, statistics.mean(rewards), walls, cpus
+    tasks, chat = load_tasks(env, prompts), ChatFormat(policy)
+    found = Ours([], [], [], [], [], [])
+    await client.load(str(policy), {"seed": 0})
+    await client.move(0.0, 0.0)
+    runner = EpisodeRunner(env, chat, client, MAX_TOKENS, 1024, max_concurrent)
+    meter = PointMeter(client, runner, tasks, rollouts, 0, SurrogateConfig())
+    base = await meter.base(quiet)
+    for repeat in range(repeats):
+        started = time.perf_counter()
+        found.last = await runner.batch(tasks, rollouts, seeds(repeat), quiet)
+        found.batches.append(time.perf_counter() - started)
+        found.rewards += [cell.reward for row in found.last for cell in row]
+        found.tokens.append(sum(cell.completion_tokens for row in found.last for cell in row))
+        started, used = time.perf_counter(), time.process_time()
+        await meter.point(base, 0.05, 0.05 * repeat, quiet)
+        found.walls.append(time.perf_counter() - started)
+        found.cpus.append(time.process_time() - used)
+    return found
 
 
-def _seeds(repeat: int) -> Callable[[int, int, int], int]:
+def seeds(repeat: int) -> Callable[[int, int, int], int]:
+    """The sampling seeds of a batch, by prompt, rollout and turn."""
     return lambda prompt, rollout, turn: sampling_seed(repeat, "benchmark", prompt, rollout, turn)
 
 
-def _quiet() -> None:
-    pass
+def quiet() -> None:
+    """No progress bar."""
 
 
 async def run(repeats: int) -> None:
@@ -73,11 +106,13 @@ async def run(repeats: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         async with local_server(ServerConfig(), policy, [policy], folder / "server.log") as server:
-            first = await ours(server, repeats)
+            async with LandscapeClient(server.url, server.token) as client:
+                first = await ours(client, policy, repeats)
             (folder / "eval").mkdir()
             stock = await asyncio.to_thread(evaluate, server, folder / "eval", "null", PROMPTS, ROLLOUTS, 1.0)
-            second = await ours(server, repeats)
-    batches, walls, cpus = first[0] + second[0], first[2] + second[2], first[3] + second[3]
+            async with LandscapeClient(server.url, server.token) as client:
+                second = await ours(client, policy, repeats)
+    batches, walls, cpus = first.batches + second.batches, first.walls + second.walls, first.cpus + second.cpus
     seconds = statistics.median(batches)
     share = statistics.median(cpu / wall for cpu, wall in zip(cpus, walls, strict=True))
     table = Table("", "seconds", "episodes / s", "mean reward", title=f"{episodes} two-turn episodes, tiny-sorter")
@@ -85,7 +120,12 @@ async def run(repeats: int) -> None:
         *("vf-eval, null harness", f"{stock.seconds:.1f}", f"{episodes / stock.seconds:.2f}"),
         f"{statistics.mean(stock.rewards):.3f}",
     )
-    table.add_row("in process", f"{seconds:.2f}", f"{episodes / seconds:.1f}", f"{(first[1] + second[1]) / 2:.3f}")
+    table.add_row(
+        "in process",
+        f"{seconds:.2f}",
+        f"{episodes / seconds:.1f}",
+        f"{statistics.mean(first.rewards + second.rewards):.3f}",
+    )
     Console().print(table)
     print(f"one grid point: {statistics.median(walls):.2f} s, client CPU {100 * share:.1f} % of it")
     result = {

@@ -23,8 +23,8 @@ PLUGINS = (
     "from rlvr_landscape_plugin.serving.versions import require; require()"
 )
 LIBRARY = (
-    "import importlib.util as u, pathlib, torch; (place,) = u.find_spec('vllm').submodule_search_locations; "
-    "(file,) = pathlib.Path(place).glob({name!r} + '.*so'); torch.ops.load_library(file)"
+    "import ctypes, importlib.util as u, pathlib, torch; (place,) = u.find_spec('vllm').submodule_search_locations; "
+    "(file,) = pathlib.Path(place).glob({name!r} + '.*so'); ctypes.CDLL(str(file))"
 )
 
 

@@ -260,7 +260,7 @@ class Check:
             return self._skip(section, labels, "its model could not be written")
         if not section.start_seconds:
             for step in section.steps:
-                await self._step(section, step, folder, None)
+                await self.step(section, step, folder, None)
             return None
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
@@ -271,13 +271,13 @@ class Check:
                 return self._skip(section, labels[1:], "the server did not start")
             self.say(section, "server start", "ok", time.monotonic() - started)
             for step in section.steps:
-                await self._step(section, step, folder, server)
+                await self.step(section, step, folder, server)
         return None
 
     async def _written(self, section: Section, step: Step, folder: Path) -> bool:
         """Write the section's model, unless an earlier section did."""
         there = section.model is not None and (section.model / "config.json").exists()
-        return there or await self._step(section, step, folder, None)
+        return there or await self.step(section, step, folder, None)
 
     def _folder(self, section: Section) -> Path:
         """Where steps leave things for later ones; `offline` reads what `graphs` left."""
@@ -310,7 +310,7 @@ class Check:
         finally:
             await context.__aexit__(None, None, None)
 
-    async def _step(self, section: Section, step: Step, folder: Path, server: Any) -> bool:
+    async def step(self, section: Section, step: Step, folder: Path, server: Any) -> bool:
         """One step in a process of its own; returns whether it may count on."""
         started = time.monotonic()
         limit = self.left(step.seconds)

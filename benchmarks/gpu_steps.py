@@ -320,7 +320,6 @@ def offline(context: Context) -> Outcome:
     os.environ["VLLM_PLUGINS"] = ""
     from vllm import LLM, EngineArgs, SamplingParams
     from vllm.entrypoints.openai.cli_args import make_arg_parser
-
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     arguments = command(context.config, context.model, 1)[3:]

@@ -173,6 +173,9 @@ SCHEMA: dict[str, Variable] = {
 }
 """Every variable of a dataset that is measured."""
 
+OF_GROUP = ("surrogate", "clip_fraction")
+"""Variables of a completion that depend on its advantage, and so on all completions of its task."""
+
 METRIC = "metric_"
 """Beginning of the names of a taskset's own metrics; one of them, `format_failure`, has its name from before."""
 
@@ -236,8 +239,14 @@ LANDSCAPE_FILE = re.compile(r"landscape_step(\d+)_slice(-?\d+)\.nc$")
 """Dataset of one snapshot and slice of the design `grid`: step and seed of the slice."""
 GRID_JOURNAL = re.compile(r"step(\d+)_slice(-?\d+)$")
 """Its journal's directory."""
-GRID_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+)?\.nc")
+GRID_POINT_FILE = re.compile(r"(a\d+_b\d+)(?:_p\d+-\d+(?:_r\d+-\d+_c\d+)?)?\.nc")
 """A point in that journal, and a portion of one."""
+
+
+def numbered(name: str, number: int) -> str:
+    """The file of the number-th request to a journal, from 1: `base.nc`, then `base_2.nc`, `base_3.nc`, …"""
+    stem, dot, ending = name.partition(".")
+    return name if number == 1 else f"{stem}_{number}{dot}{ending}"
 
 
 def reward_mode(taskset: Mapping[str, Any]) -> str:

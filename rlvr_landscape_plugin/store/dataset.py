@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rlvr_landscape_analysis.schema import (
 
 from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import digest, move_aside, publish, remove_stale
+from rlvr_landscape_plugin.store.cells import Extent, missing
 from rlvr_landscape_plugin.store.frame import Dimension, Label, Subset
 from rlvr_landscape_plugin.store.journal import CHANGED, Journal
 
@@ -46,27 +47,87 @@ class Annotations:
     """Variable → the comment that replaces the usual one."""
 
 
-def holds(journal: Journal, out: Path, subset: Subset | None = None) -> bool:
-    """Whether `out` is the journal's dataset of `subset` (default: of everything), or of more.
+@dataclass(frozen=True)
+class Held:
+    """What a dataset holds, or what a sweep asks for: coordinates, and how many values per point."""
+
+    axes: Mapping[str, Sequence[object]]
+    prompts: int
+    rollouts: int
+    """0 where there are no points."""
+    completions: int
+
+    @classmethod
+    def of(cls, axes: Mapping[str, Sequence[object]], extent: Extent) -> Held:
+        """What a sweep with these axes and extent asks for."""
+        return cls(axes, extent.prompts, extent.rollouts if axes else 0, extent.completions)
+
+
+def asked_for(journal: Journal, subset: Subset | None = None) -> Held:
+    """What the sweep of a journal asks for, or the part of it that `subset` is."""
+    subset = subset or journal.whole
+    pairs = zip(journal.frame.dimensions, subset.indices, strict=True)
+    axes = {dimension.name: dimension.values[list(chosen)].tolist() for dimension, chosen in pairs}
+    return Held.of(axes, journal.extent.of_first(subset.prompts))
+
+
+_KEYS = {"prompts": "env.num_prompts", "rollouts": "env.rollouts", "completions": "env.base_rollouts"}
+
+
+def lacks(this: Held, other: Held) -> list[str]:
+    """What `this` lacks of `other`, one text per axis and per key of the configuration."""
+    found = []
+    for name, values in other.axes.items():
+        if absent := [value for value in values if value not in set(this.axes[name])]:
+            listed = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in absent[:3])
+            more = ", …" if len(absent) > 3 else ""
+            hint = _nearest(absent[0], this.axes[name])
+            found.append(f"{name} = {listed}{more} ({len(absent)} of {len(values)} values){hint}")
+    for name, key in _KEYS.items():
+        there, asked = getattr(other, name), getattr(this, name)
+        # Without base_rollouts the two are one number.
+        if asked < there and not (name == "completions" and (there, asked) == (other.rollouts, this.rollouts)):
+            found.append(f"{key}: {there} there, {asked} asked for")
+    return found
+
+
+def _nearest(value: object, asked: Sequence[object]) -> str:
+    """A hint where a coordinate is missing because of rounding only."""
+    if isinstance(value, float):
+        for other in asked:
+            if isinstance(other, float) and math.isclose(value, other, rel_tol=1e-9):
+                return (
+                    f", while {other!r} is asked for, which differs by rounding: twice as many intervals do not round"
+                )
+    return ""
+
+
+def held(journal: Journal, out: Path) -> Held | None:
+    """What the dataset `out` of a journal holds; None where there is none.
 
     A damaged one is moved aside with a warning: the points have everything that it held. Raises `StoreError` when it
     belongs to something else, or where the system does not let it be read.
     """
-    frame, damage = journal.frame, ""
+    frame, damage, found = journal.frame, "", None
+    same = False
     try:
         intact = find_checksum(out)
         if intact is False:
             damage = CHANGED
         else:
             with xr.open_dataset(out, engine="netcdf4") as present:
-                same = present.attrs.get("identity") == digest(journal.identity)
-                values = {name: present[name].values for name in frame.names} if same else {}
-                prompts = present.sizes[PROMPT]
+                same = present.attrs.get("identity") in journal.identities
+                if same:
+                    axes = {name: present[name].values.tolist() for name in frame.names}
+                    sizes = present.sizes
+                    rollouts = sizes[ROLLOUT] if axes else 0
+                    completions = sizes[BASE_ROLLOUT if BASE_ROLLOUT in sizes else ROLLOUT]
+                    found = Held(axes, sizes[PROMPT], rollouts, completions)
                 for name in present.variables if intact is None else ():
                     present[name].values  # noqa: B018  an older version's file shows damage only where it is read
     except FileNotFoundError:
-        return False
-    except (ImportError, MemoryError):
+        return None
+    except (ImportError, MemoryError, StoreError):
         raise
     except Exception as error:  # HDF5 and xarray raise many kinds of errors for a damaged file
         if isinstance(error, OSError) and (error.errno or 0) > 0:  # netCDF's own numbers are negative
@@ -74,17 +135,16 @@ def holds(journal: Journal, out: Path, subset: Subset | None = None) -> bool:
         damage = f"{type(error).__name__}: {error}"
     if damage:
         move_aside(out, damage, "is written again from its points")
-        return False
+        return None
     if not same:
         raise StoreError(f"{out} holds another landscape; move it away or choose another output directory")
-    if subset is None and journal.prompts is None:
-        return tuple(map(len, values.values())) == frame.shape
-    subset = subset or journal.whole
-    there = (
-        np.isin(dimension.values[list(indices)], values[dimension.name]).all()
-        for dimension, indices in zip(frame.dimensions, subset.indices, strict=True)
-    )
-    return all(there) and prompts >= subset.prompts
+    return found
+
+
+def holds(journal: Journal, out: Path, subset: Subset | None = None) -> bool:
+    """Whether `out` is the journal's dataset of `subset` (default: of everything), or of more. Raises as `held`."""
+    present = held(journal, out)
+    return present is not None and not lacks(present, asked_for(journal, subset))
 
 
 def consolidate(
@@ -98,28 +158,39 @@ def consolidate(
 
     `subset`: what a progressive sweep measured, if not everything. An `out` of this journal that holds as much is
     left as it is; one that holds less, or is damaged, is replaced by the whole. Raises `StoreError` when points are
-    missing or `out` belongs to something else.
+    missing, or `out` belongs to something else or holds what the new one would lack.
     """
     remove_stale(out.parent)
-    if holds(journal, out, subset):
+    present, asked = held(journal, out), asked_for(journal, subset)
+    if present is not None and not lacks(present, asked):
         return out
+    if present is not None and (lost := lacks(asked, present)):
+        raise StoreError(f"{out} holds more than would replace it: {'; '.join(lost)}; move it away, or ask for both")
     subset = subset or journal.whole
-    found = journal.covered()
-    missing = [place for place in subset.places if found.get(place, 0) < subset.prompts]
+    found, extent = journal.found(), journal.extent.of_first(subset.prompts)
+    lacking = [place for place in subset.places if missing(found.get(place, ()), extent)]
     base, recheck = journal.read_base(), journal.read_recheck()
-    if missing or base is None or recheck is None:
-        of = f"{len(missing)} of {len(subset.places)} points"
-        what = of if missing else "the base batch or the recheck of the origin"
+    if lacking or base is None or recheck is None:
+        of = f"{len(lacking)} of {len(subset.places)} points"
+        what = of if lacking else "the base batch or the recheck of the origin"
         raise StoreError(f"{journal.root} lacks {what}; run the same sweep again to finish it")
     base, recheck = (data.isel(prompt=slice(subset.prompts)) for data in (base, recheck))
     writer = _Writer(journal, subset, base, recheck, notes or Annotations())
+    history = _history(out) if present is not None else ""
 
     def write(scratch: Path) -> None:
-        writer.write(scratch, attributes)
+        writer.write(scratch, attributes, history)
         add_checksum(scratch)
 
     publish(out, write, replace=out.exists())
     return out
+
+
+def _history(out: Path) -> str:
+    """What a dataset that will be replaced says about how it came about; a line per change."""
+    with xr.open_dataset(out, engine="netcdf4") as present:
+        text = str(present.attrs.get("history", ""))
+    return f"{text}\n" if text else ""
 
 
 def landscapes(output: Path) -> list[Path]:
@@ -137,7 +208,8 @@ class _Writer:
         labels = journal.frame.labels
         self._scalars = ["step", *(name for name, label in labels.items() if not label.dims)]
 
-    def write(self, scratch: Path, attributes: Mapping[str, object]) -> None:
+    def write(self, scratch: Path, attributes: Mapping[str, object], history: str = "") -> None:
+        """`history`: that of the dataset that this one replaces."""
         import netCDF4
 
         journal, subset, notes = self._journal, self._subset, self._notes
@@ -180,7 +252,7 @@ class _Writer:
                     "configuration": json.dumps(configuration, sort_keys=True),
                     "configuration_sha256": digest(configuration),
                     "identity": digest(journal.identity),
-                    "history": f"{stamp} written by rlvr_landscape_plugin.sweep",
+                    "history": f"{history}{stamp} written by rlvr_landscape_plugin.sweep",
                 }
             )
 

@@ -1,4 +1,4 @@
-"""The frame of a dataset: which dimensions its points have, and how a point's file is named.
+"""The frame of a dataset: which dimensions its points have.
 
 A design (`designs/`) makes one; journal and dataset writer use nothing else of a design.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -98,24 +96,3 @@ class Frame:
     def whole(self, prompts: int) -> Subset:
         """All points, and the first `prompts` tasks."""
         return Subset(tuple(tuple(range(count)) for count in self.shape), prompts)
-
-    def point_file(self, place: Place, tasks: range | None = None) -> str:
-        """File name of a point, or of the portion of it that holds only these tasks."""
-        parts = [f"{d.prefix}{index:03d}" for d, index in zip(self.dimensions, place, strict=True)]
-        if tasks is not None:
-            parts.append(f"p{tasks.start:05d}-{tasks.stop:05d}")
-        return "_".join(parts) + ".nc"
-
-    def parse(self, name: str) -> tuple[Place, range | None] | None:
-        """The inverse of `point_file`; None for a name that is none of this frame's points."""
-        match = self._pattern.fullmatch(name)
-        if match is None:
-            return None
-        *indices, start, stop = match.groups()
-        place = tuple(map(int, indices))
-        return (place, None if start is None else range(int(start), int(stop))) if self.holds(place) else None
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        indices = "_".join(rf"{re.escape(dimension.prefix)}(\d{{3,}})" for dimension in self.dimensions)
-        return re.compile(rf"{indices}(?:_p(\d{{5,}})-(\d{{5,}}))?\.nc")

@@ -2,21 +2,24 @@
 
     journal.json       what is measured here; a directory of something else is refused
     base.nc            the checkpoint's own batch, tokens included
-    points/*.nc        one file per finished point; of a progressive sweep, one per portion of a point
+    points/*.nc        one file per finished point, or one per portion of a point (`names.py`)
     recheck.nc         the base batch scored again after the last point
+    journal_2.json, base_2.nc, recheck_2.nc, …
+                       of a sweep that grew the first one (`requests.py`)
 
 A file appears under its name only when it is whole: written under a temporary name, synced, then linked without
 overwriting. So the state of a sweep is the set of files; killing it loses at most the points in flight, and several
-processes may share a directory. A point names the base batch that it was scored against, so that points of two batches
-are never mixed in one dataset. Nothing here deletes a measurement; files that cannot be used are moved aside.
+processes may share a directory. A point names the base batch that it was scored against, and a base batch names those
+that it continues, so that points of two batches are never mixed in one dataset. Nothing here deletes a measurement;
+files that cannot be used are moved aside.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +29,12 @@ from rlvr_landscape_analysis.schema import (
     BASE_FILE,
     BASE_ROLLOUT,
     ERROR,
-    JOURNAL_FILE,
     POINTS_FOLDER,
     PROMPT,
     RECHECK_FILE,
     ROLLOUT,
     SCHEMA,
+    numbered,
     variable_of,
 )
 
@@ -46,7 +49,11 @@ from rlvr_landscape_plugin.files import (
     replace_text,
     writing,
 )
+from rlvr_landscape_plugin.store.cells import Cells, Extent, missing
 from rlvr_landscape_plugin.store.frame import Frame, Place, Subset
+from rlvr_landscape_plugin.store.names import PointNames
+from rlvr_landscape_plugin.store.portions import joined
+from rlvr_landscape_plugin.store.requests import AXES, Agrees, Requests
 
 CHANGED = "its content is not what its checksum says"
 """Why a file with a wrong checksum is not used."""
@@ -55,90 +62,72 @@ CHANGED = "its content is not what its checksum says"
 class Journal:
     """One directory: one snapshot and the points of one frame around it."""
 
-    def __init__(self, root: Path, frame: Frame, identity: JsonObject) -> None:
-        """Open or create. Raises `StoreError` naming the differing keys if `root` holds something else."""
+    def __init__(
+        self, root: Path, frame: Frame, identity: JsonObject, extent: Extent, agrees: Agrees | None = None
+    ) -> None:
+        """Open or create. Raises `StoreError` naming the differing keys if `root` holds something else.
+
+        `agrees` compares with the earlier requests of a journal that holds others; None: every other one is refused.
+        """
         self.root = Path(root)
-        self.frame, self.identity = frame, dict(identity)
-        self._base_sha256: str | None = None
-        self._prompts = 0
+        self.frame, self.identity, self.extent = frame, dict(identity), extent
+        self._bases: dict[str, _Base] | None = None
         with writing(self.root):
             (self.root / POINTS_FOLDER).mkdir(parents=True, exist_ok=True)
         remove_stale(self.root)
         remove_stale(self.root / POINTS_FOLDER)
-        path = self.root / JOURNAL_FILE
-        # The axes are written out: a configuration alone does not say which coordinates it became.
-        asked = {**identity, "axes": frame.axes}
-        if not path.exists():
-            publish(path, lambda scratch: scratch.write_text(json.dumps(asked, indent=1, sort_keys=True)))
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise StoreError(
-                f"{path} is not readable JSON ({error}); move it away and run the same command again "
-                "(every file here says by itself which sweep it belongs to)"
-            ) from error
-        if differences := _differences(stored, json.loads(json.dumps(asked))):
-            listed = "\n".join(f"  {key}: {old!r} there, {new!r} asked for" for key, old, new in differences)
-            raise StoreError(
-                f"{self.root} holds a sweep of another configuration; choose another output directory, or go back to "
-                f"what its journal.json says:\n{listed}"
-            )
-
-    def _path(self, place: Place, tasks: range | None = None) -> Path:
-        return self.root / POINTS_FOLDER / self.frame.point_file(place, tasks)
+        self._requests = Requests(self.root, {**identity, AXES: frame.axes}, extent, agrees)
 
     @property
-    def prompts(self) -> int | None:
-        """Tasks of the base batch; None before there is one."""
-        return self._prompts if self._base_digest() is not None else None
+    def names(self) -> PointNames:
+        """Names of its points' files."""
+        return PointNames(self.frame, self._requests.axes, self._requests.first)
 
-    def _is_whole(self, end: float) -> bool:
-        """Whether files that end here hold all prompts; asks the base batch only about portions."""
-        return end == math.inf or end == self.prompts
+    @property
+    def began(self) -> tuple[dict[str, list[object]], Extent]:
+        """Axes and extent of the sweep that began it."""
+        return self._requests.axes[0], self._requests.first
+
+    @property
+    def identities(self) -> set[str]:
+        """The digests of identity that files here may carry: of this sweep, and of those that it grew from."""
+        return self._requests.identities()
+
+    def own(self, name: str) -> Path:
+        """The file of this request with the usual name `name`, such as `base_2.nc`."""
+        return self.root / numbered(name, self._requests.number)
 
     def done(self) -> set[Place]:
         """The points that are whole. A damaged file is moved aside with a warning."""
-        return {place for place, end in self.covered().items() if self._is_whole(end)}
+        return {place for place, found in self.found().items() if not missing(found, self.extent)}
 
-    def covered(self) -> dict[Place, float]:
-        """Each point with files → how many of the first tasks they hold without a gap; inf: a file of all tasks."""
-        ends = {place: self._chain(paths)[1] for place, paths in self._files().items()}
-        return {place: end for place, end in ends.items() if end}
+    def found(self) -> dict[Place, list[Cells]]:
+        """Each point with files → the cells that they hold. A damaged file is moved aside with a warning."""
+        held = {place: [cells for cells, path in files if self._readable(path)] for place, files in self._files()}
+        return {place: cells for place, cells in held.items() if cells}
 
     def status(self) -> tuple[int, int]:
         """(finished points, all points), by names only."""
-        finished = (self._chain(paths, by_name=True)[1] for paths in self._files().values())
-        return sum(map(self._is_whole, finished)), self.frame.size
+        whole = (not missing([cells for cells, _ in files], self.extent) for _, files in self._files())
+        return sum(whole), self.frame.size
 
-    def _files(self) -> dict[Place, dict[tuple[int, float], Path]]:
-        """Point → (first task, end) → file; the end of a whole point is inf."""
-        found: dict[Place, dict[tuple[int, float], Path]] = {}
+    def _files(self) -> list[tuple[Place, list[tuple[Cells, Path]]]]:
+        """Each point with files, and those files in the order in which they count (`_in_order`)."""
+        names, found = self.names, dict[Place, list[tuple[Cells, Path]]]()
         for path in (self.root / POINTS_FOLDER).glob("*.nc"):
-            if named := self.frame.parse(path.name):
-                place, tasks = named
-                ends = (0, math.inf) if tasks is None else (tasks.start, tasks.stop)
-                found.setdefault(place, {})[ends] = path
-        return found
+            if named := names.parse(path.name):
+                found.setdefault(named[0], []).append((named[1], path))
+        return [(place, sorted(files, key=_in_order)) for place, files in found.items()]
 
-    def _chain(
-        self, paths: Mapping[tuple[int, float], Path], by_name: bool = False, until: float = math.inf
-    ) -> tuple[list[Path], float]:
-        """Files that follow on each other from the first prompt, and where they end: past `until` only if they must."""
-        reached: dict[float, tuple[float, Path] | None] = {0: None}
-        for (start, stop), path in sorted(paths.items()):
-            if start in reached and stop not in reached and (by_name or self._readable(path)):
-                reached[stop] = (start, path)
-        end = min((stop for stop in reached if stop >= until), default=max(reached))
-        chain: list[Path] = []
-        at = end
-        while step := reached[at]:
-            at = step[0]
-            chain.insert(0, step[1])
-        return chain, end
+    def _files_of(self, place: Place) -> list[tuple[Cells, Path]]:
+        names = self.names
+        paths = (self.root / POINTS_FOLDER).glob(f"{names.of_point(place)}*.nc")
+        found = [(named[1], path) for path in paths if (named := names.parse(path.name)) and named[0] == place]
+        return sorted(found, key=_in_order)
 
     def _readable(self, path: Path) -> bool:
         """Whether every value of a point can be read and belongs here; if not, the file is moved aside."""
-        self._base_digest()  # a damaged base batch is no reason to doubt a point
+        self._known_bases()  # a damaged base batch is no reason to doubt a point
         try:
             reason = self._unfit(path, _contents(path))
         except FileNotFoundError:
@@ -151,54 +140,96 @@ class Journal:
 
     def _unfit(self, path: Path, point: xr.Dataset) -> str:
         """Why a point's file is not one of this journal; empty if it is."""
-        if point.attrs.get("identity") != digest(self.identity):
+        if point.attrs.get("identity") not in self.identities:
             return "it is not a point of this sweep"
         if point.attrs.get("file", path.name) != path.name:
             return f"it is {point.attrs['file']} under another name"
-        named = self.frame.parse(path.name)
-        tasks = named[1] if named else None
-        if tasks is not None and point.sizes.get(PROMPT) != len(tasks):
-            return f"it holds {point.sizes.get(PROMPT)} prompts, its name says {tasks.start} to {tasks.stop}"
-        return self._other_base(point) or _wrong_point(point)
+        named = self.names.parse(path.name)
+        if named is None:
+            return "its name is none of a point of this sweep"
+        return self._other_base(point) or _wrong_point(point, named[1])
 
     def _other_base(self, scored: xr.Dataset) -> str:
-        base = self._base_digest()
-        other = base is not None and scored.attrs.get("base_sha256") != base
-        return "it was scored against another base batch" if other else ""
+        if not self._bases_contain(scored):
+            self._bases = None  # another process may have added one meanwhile
+        return "" if self._bases_contain(scored) else "it was scored against another base batch"
 
-    def _base_digest(self) -> str | None:
-        if self._base_sha256 is None and (base := self.read_base()) is not None:
-            self._base_sha256, self._prompts = _content_digest(base), base.sizes["prompt"]
-        return self._base_sha256
+    def _bases_contain(self, scored: xr.Dataset) -> bool:
+        known = self._known_bases()
+        accepted = {sha256 for name, base in known.items() for sha256 in (name, *base.contains)}
+        return not known or scored.attrs.get("base_sha256") in accepted
+
+    def _known_bases(self) -> dict[str, _Base]:
+        """SHA-256 of each base batch here → what it is."""
+        if not self._bases:
+            found = {}
+            for number in range(1, len(self._requests.everything) + 1):
+                path = self.root / numbered(BASE_FILE, number)
+                if (base := self._read_base(path)) is not None:
+                    shape = base["base_reward"].shape
+                    found[_content_digest(base)] = _Base(
+                        path, shape, tuple(json.loads(base.attrs.get("contains", "[]")))
+                    )
+            self._bases = found
+        return self._bases
+
+    @property
+    def base_sha256(self) -> str | None:
+        """SHA-256 of the base batch of this extent; None before there is one."""
+        shape = self.extent.prompts, self.extent.completions
+        if shape not in {base.shape for base in self._known_bases().values()}:
+            self._bases = None  # another process may have added it meanwhile
+        return next((sha256 for sha256, base in self._known_bases().items() if base.shape == shape), None)
 
     def write_base(self, base: xr.Dataset) -> xr.Dataset:
         """Keep the checkpoint's own batch; returns the one kept: another process's if that was first."""
-        if problem := _wrong_base(base):
+        shape = self.extent.prompts, self.extent.completions
+        problem = _wrong_base(base) or ("" if base["base_reward"].shape == shape else f"it is not {shape} completions")
+        if problem:
             raise StoreError(f"not a base batch: {problem}")
-        self._write(self.root / BASE_FILE, base)
+        self._requests.register()
+        path, known = self.own(BASE_FILE), self._known_bases()
+        contains = sorted({*known, *(sha256 for earlier in known.values() for sha256 in earlier.contains)})
+        self._write(path, base.assign_attrs(contains=json.dumps(contains)) if contains else base)
+        self._bases = None
         kept = self.read_base()
         if kept is None:
-            raise StoreError(f"{self.root / 'base.nc'} vanished while it was written; run the same command again")
-        self._base_sha256, self._prompts = _content_digest(kept), kept.sizes["prompt"]
+            raise StoreError(f"{path} vanished while it was written; run the same command again")
         return kept
 
     def read_base(self) -> xr.Dataset | None:
-        """The checkpoint's own batch, or None."""
-        base = self._read(self.root / BASE_FILE)
-        if base is not None and base.attrs.get("identity", digest(self.identity)) != digest(self.identity):
-            raise StoreError(f"{self.root / 'base.nc'} is the base batch of another sweep; move it away")
+        """The checkpoint's own batch of this extent, or None."""
+        sha256 = self.base_sha256
+        return None if sha256 is None else self._read_base(self._known_bases()[sha256].path)
+
+    @property
+    def base_shapes(self) -> list[tuple[int, ...]]:
+        """(tasks, completions per task) of every base batch here."""
+        return [base.shape for base in self._known_bases().values()]
+
+    def read_bases(self) -> list[xr.Dataset]:
+        """Every base batch here, of whatever extent."""
+        found = (self._read_base(base.path) for base in self._known_bases().values())
+        return [base for base in found if base is not None]
+
+    def _read_base(self, path: Path) -> xr.Dataset | None:
+        base = self._read(path)
+        if base is not None and not {base.attrs.get("identity", digest(self.identity))} <= self.identities:
+            raise StoreError(f"{path} is the base batch of another sweep; move it away")
         return base
 
     def write_recheck(self, recheck: xr.Dataset) -> None:
         """Keep the recheck of the origin."""
-        self._write(self.root / RECHECK_FILE, recheck.assign_attrs(base_sha256=self._base_digest() or ""))
+        self._requests.register()
+        self._write(self.own(RECHECK_FILE), recheck.assign_attrs(base_sha256=self.base_sha256 or ""))
 
     def read_recheck(self) -> xr.Dataset | None:
         """The recheck of the origin, or None. A damaged one, or one of another base batch, is moved aside."""
-        path = self.root / RECHECK_FILE
+        path = self.own(RECHECK_FILE)
         try:
             recheck = _contents(path)
-            reason = "base_sha256" in recheck.attrs and self._other_base(recheck)
+            ours = recheck.attrs.get("base_sha256") in (None, self.base_sha256) or self.base_sha256 is None
+            reason = "" if ours else "it was scored against another base batch"
         except FileNotFoundError:
             return None
         except _DamagedError as error:
@@ -209,47 +240,57 @@ class Journal:
         return None
 
     def write_facts(self, name: str, facts: list[JsonObject]) -> None:
-        """Write down, as JSON file `name`, what the servers of this process reported about themselves."""
+        """Write down, as JSON file `name` of this request, what the servers of this process said about themselves."""
+        self._requests.register()
         content = {"servers": facts, "sha256": digest(facts)}
-        replace_text(self.root / name, [json.dumps(content, indent=1, sort_keys=True)])
+        replace_text(self.own(name), [json.dumps(content, indent=1, sort_keys=True)])
 
     def read_facts(self, name: str) -> list[JsonObject] | None:
         """What `write_facts` wrote, or None. A damaged file is moved aside."""
-        content = read_checked_json(self.root / name, "servers")
+        content = read_checked_json(self.own(name), "servers")
         return None if content is None else content["servers"]
 
-    def write_point(self, place: Place, point: xr.Dataset, tasks: range | None = None) -> None:
-        """Keep a finished point, dims (prompt, rollout) and per-point scalars; an existing one stays.
+    def all_facts(self) -> list[JsonObject]:
+        """What `write_facts` wrote for any request and share, in the order of the files' names."""
+        contents = [read_checked_json(path, "servers") for path in sorted(self.root.glob("server*.json"))]
+        return [facts for content in contents if content is not None for facts in content["servers"]]
 
-        `tasks`: which tasks it holds, if not all. Refuses an unknown, missing or misshapen variable, and a missing
-        reward of a rollout that did not fail.
+    def write_point(self, place: Place, point: xr.Dataset, cells: Cells | None = None) -> None:
+        """Keep what was measured at a point, dims (prompt, rollout) and per-point scalars.
+
+        `cells`: which part of the point it is, if not all of the journal's extent. The completions of a part have the
+        dimension `base_rollout` where they are not as many as its rollouts. What is there already stays. Refuses an
+        unknown, missing or misshapen variable, and a missing reward of a rollout that did not fail.
         """
+        cells = cells or self.extent.cells
         if not self.frame.holds(place):
             raise StoreError(f"point {place} is outside the {' × '.join(map(str, self.frame.shape)) or 'no'} points")
         if unknown := sorted(str(name) for name in point.data_vars if variable_of(str(name)) is None):
             raise StoreError(f"point {place} has variables that the schema does not know: {', '.join(unknown)}")
-        if problem := _wrong_point(point):
+        if problem := _wrong_point(point, cells):
             raise StoreError(f"point {place}: {problem}")
-        if tasks is not None and len(tasks) != point.sizes[PROMPT]:
-            raise StoreError(f"point {place} has {point.sizes[PROMPT]} prompts, not those of {tasks}")
-        path = self._path(place, tasks)
-        if path.exists():
+        self._requests.register()
+        for _, path in self._files_of(place):
             self._readable(path)  # so that an unfit one does not stay
+        there = [held for held, _ in self._files_of(place)]
+        if missing(there, self.extent) == missing([*there, cells], self.extent):
+            return
+        path = self.root / POINTS_FOLDER / self.names.name(place, cells)
         marks = {"file": path.name}
-        if base := self._base_digest():
+        if base := self.base_sha256:
             marks["base_sha256"] = base
         self._write(path, point.assign_attrs(marks))
 
     def read_point(self, place: Place, prompts: int | None = None) -> xr.Dataset:
         """A finished point, its first `prompts` tasks (default: all); wall times of its portions are added up."""
-        wanted = math.inf if prompts is None else prompts
-        paths, end = self._chain(self._files().get(place, {}), by_name=True, until=wanted)
-        if not self._is_whole(end) and end < wanted:
+        asked = self.extent if prompts is None else self.extent.of_first(prompts)
+        files = [(cells, path) for cells, path in self._files_of(place) if cells.tasks.start < asked.prompts]
+        if missing([cells for cells, _ in files], asked):
             raise StoreError(f"point {place} of {self.root} is not measured yet")
-        portions = [portion for portion in map(self._read, paths) if portion is not None]
-        if len(portions) != len(paths):
+        portions = [(cells, portion) for cells, path in files if (portion := self._read(path)) is not None]
+        if len(portions) != len(files):
             raise StoreError(f"files of point {place} vanished from {self.root}; run the same command again")
-        return _joined(portions).isel(prompt=slice(prompts))
+        return joined(portions, asked)
 
     def _read(self, path: Path) -> xr.Dataset | None:
         try:
@@ -276,23 +317,25 @@ class Journal:
 
     @property
     def whole(self) -> Subset:
-        """All points and all tasks. Raises `StoreError` before there is a base batch."""
-        if self.prompts is None:
-            raise StoreError(f"{self.root} lacks the base batch; run the same sweep again to finish it")
-        return self.frame.whole(self.prompts)
+        """All points and all tasks."""
+        return self.frame.whole(self.extent.prompts)
 
 
-def _joined(portions: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Portions of one point, one after the other along `prompt`."""
-    if len(portions) == 1:
-        return portions[0]
-    scalars = [name for name in portions[0].data_vars if PROMPT not in portions[0][name].dims]
-    whole = xr.concat([portion.drop_vars(scalars) for portion in portions], PROMPT, combine_attrs="drop")
-    for name in portions[0].data_vars:
-        if name not in whole:
-            values = [portion[name] for portion in portions]
-            whole[name] = sum(values) if str(name).startswith("seconds_") else values[0]
-    return whole
+@dataclass(frozen=True)
+class _Base:
+    """A base batch on disk."""
+
+    path: Path
+    shape: tuple[int, ...]
+    """(tasks, completions per task)."""
+    contains: tuple[str, ...]
+    """SHA-256 of the base batches whose completions it has too."""
+
+
+def _in_order(file: tuple[Cells, Path]) -> tuple[int, ...]:
+    """Where two files hold the same cell, the first one counts: of fewer completions, so the earlier base batch."""
+    cells, _ = file
+    return (cells.scored, *(end for span in (cells.tasks, cells.rollouts) for end in (span.start, -span.stop)))
 
 
 def keep_record(path: Path, identity: Mapping[str, object], record: JsonObject) -> JsonObject:
@@ -305,12 +348,15 @@ def keep_record(path: Path, identity: Mapping[str, object], record: JsonObject) 
     return kept
 
 
-def read_record(path: Path, identity: Mapping[str, object]) -> JsonObject | None:
-    """What `keep_record` kept, or None. A damaged file is moved aside, one of another sweep a `StoreError`."""
+def read_record(path: Path, *identities: Mapping[str, object]) -> JsonObject | None:
+    """What `keep_record` kept under one of the identities, or None.
+
+    A damaged file is moved aside, one of another sweep a `StoreError`.
+    """
     content = read_checked_json(path, "record")
     if content is None:
         return None
-    if content.get("identity") != digest(identity):
+    if content.get("identity") not in [digest(identity) for identity in identities]:
         raise StoreError(f"{path} belongs to a sweep of another configuration; choose another output directory")
     return content["record"]
 
@@ -352,12 +398,21 @@ def _contents(path: Path) -> xr.Dataset:
     return data
 
 
-def _wrong_point(data: xr.Dataset) -> str:
-    """What in a point breaks `SCHEMA`; empty if nothing does."""
+def _wrong_point(data: xr.Dataset, cells: Cells) -> str:
+    """What in these cells of a point breaks `SCHEMA`; empty if nothing does."""
     base_rollout = BASE_ROLLOUT if BASE_ROLLOUT in data.dims else ROLLOUT
+    families = {"point", *(["rollout"] if cells.rollouts else []), *(["completion"] if cells.scored else [])}
     measured = {**SCHEMA, **{str(name): variable_of(str(name)) for name in data.data_vars}}
-    expected = {name: v.dims((), base_rollout) for name, v in measured.items() if v is not None and v.of_point}
-    return _wrong_dims(data, expected, ROLLOUT) or _lost_rewards(data, "")
+    known = {name: v for name, v in measured.items() if v is not None and v.of_point}
+    expected = {name: v.dims((), base_rollout) for name, v in known.items() if v.family in families}
+    if too_many := sorted(name for name, v in known.items() if name in data and v.family not in families):
+        return f"it has {', '.join(too_many)}, of which these cells have none"
+    sizes = {PROMPT: len(cells.tasks)}
+    if cells.scored:
+        sizes[base_rollout] = cells.scored
+    if cells.rollouts:
+        sizes[ROLLOUT] = len(cells.rollouts)
+    return _wrong_dims(data, expected, sizes) or _lost_rewards(data, "")
 
 
 def _wrong_base(data: xr.Dataset) -> str:
@@ -365,12 +420,17 @@ def _wrong_base(data: xr.Dataset) -> str:
     base_rollout = BASE_ROLLOUT if BASE_ROLLOUT in data.dims else ROLLOUT
     names = [name for name, variable in SCHEMA.items() if not variable.of_point and not name.startswith("recheck")]
     expected = {name: SCHEMA[name].dims((), base_rollout) for name in names}
-    return _wrong_dims(data, expected, base_rollout) or _lost_rewards(data, "base_")
+    return _wrong_dims(data, expected, {PROMPT: None, base_rollout: None}) or _lost_rewards(data, "base_")
 
 
-def _wrong_dims(data: xr.Dataset, expected: Mapping[str, tuple[str, ...]], rollout: str) -> str:
-    if not all(data.sizes.get(dim, 0) for dim in (PROMPT, rollout)):
-        return f"it needs the dimensions {PROMPT} and {rollout}, it has {dict(data.sizes)}"
+def _wrong_dims(data: xr.Dataset, expected: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int | None]) -> str:
+    """`sizes`: dimension → its size; None: any but 0."""
+    if not all(data.sizes.get(dim, 0) for dim in sizes):
+        return f"it needs the dimensions {' and '.join(sizes)}, it has {dict(data.sizes)}"
+    if wrong := [
+        f"{data.sizes[dim]} {dim}s, not {size}" for dim, size in sizes.items() if size not in (None, data.sizes[dim])
+    ]:
+        return f"it has {', '.join(wrong)}"
     for name, dims in expected.items():
         if name not in data:
             if SCHEMA[name].required:
@@ -381,6 +441,8 @@ def _wrong_dims(data: xr.Dataset, expected: Mapping[str, tuple[str, ...]], rollo
 
 
 def _lost_rewards(data: xr.Dataset, prefix: str) -> str:
+    if f"{prefix}reward" not in data:
+        return ""
     lost = int((data[f"{prefix}reward"].isnull() & (data[f"{prefix}status"] != ERROR)).sum())
     return f"{lost} values of {prefix}reward are missing without status {ERROR} (error)" if lost else ""
 
@@ -399,9 +461,3 @@ def _checksum(data: xr.Dataset) -> str:
     """SHA-256 over values and attributes but the one that holds it."""
     attributes = {name: str(value) for name, value in data.attrs.items() if name != "sha256"}
     return digest([_content_digest(data), attributes])
-
-
-def _differences(old: object, new: object, prefix: str = "") -> list[tuple[str, object, object]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [d for key in sorted({*old, *new}) for d in _differences(old.get(key), new.get(key), f"{prefix}.{key}")]
-    return [] if old == new else [(prefix.lstrip("."), old, new)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xarray as xr
 from rlvr_landscape_analysis.schema import BASE_ROLLOUT, PROMPT, ROLLOUT
 
 from rlvr_landscape_plugin.episodes import Failures, Segment
+from rlvr_landscape_plugin.errors import StoreError
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -20,6 +21,25 @@ if TYPE_CHECKING:
 DIMS = (PROMPT, ROLLOUT)
 OWN_DIMS = (PROMPT, BASE_ROLLOUT)
 """Of the checkpoint's own completions, where it has another number of rollouts than the points."""
+
+
+class Completion(NamedTuple):
+    """One completion of the checkpoint, without what depends on the others."""
+
+    reward: float
+    status: int
+    segments: list[Segment]
+    logprobs: np.ndarray
+    """As in `BaseBatch.logprobs`."""
+
+    def is_same(self, other: Completion) -> bool:
+        """Whether these are the same tokens with the same log-probabilities."""
+        pairs = zip(self.segments, other.segments, strict=False)
+        return (
+            len(self.segments) == len(other.segments)
+            and all(np.array_equal(mine.tokens, its.tokens) for mine, its in pairs)
+            and np.array_equal(self.logprobs, other.logprobs)
+        )
 
 
 @dataclass
@@ -65,6 +85,13 @@ class BaseBatch:
             segments=self.segments[some],
             logprobs=self.logprobs[some],
             weight=None if self.weight is None else self.weight[some],
+        )
+
+    def cell(self, prompt: int, rollout: int) -> Completion:
+        """One completion."""
+        at = prompt, rollout
+        return Completion(
+            float(self.reward[at]), int(self.status[at]), self.segments[prompt][rollout], self.logprobs[prompt][rollout]
         )
 
     def to_dataset(self) -> xr.Dataset:
@@ -126,6 +153,20 @@ class BaseBatch:
             data["surrogate_weight"].values.astype(np.float64) if "surrogate_weight" in data else None,
             apart=data["base_reward"].dims == OWN_DIMS,
         )
+
+
+def known_completions(batches: Iterable[BaseBatch]) -> dict[tuple[int, int], Completion]:
+    """(prompt, rollout) → the completion, of all batches together. Raises `StoreError` where two batches differ."""
+    found: dict[tuple[int, int], Completion] = {}
+    for batch in batches:
+        for prompt, rollout in np.ndindex(batch.reward.shape):
+            cell = batch.cell(prompt, rollout)
+            if not found.setdefault((prompt, rollout), cell).is_same(cell):
+                raise StoreError(
+                    f"two base batches of one journal differ in completion {rollout} of task {prompt}: two sweeps that "
+                    "grew it ran at once; choose another output directory"
+                )
+    return found
 
 
 def _sum(parts: Iterable[np.ndarray]) -> float:

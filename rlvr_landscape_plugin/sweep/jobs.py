@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +95,8 @@ class Job:
 
     def _show(self, alpha: float, beta: float, reward: float, data: xr.Dataset) -> None:
         seconds = sum(float(data[f"seconds_{part}"]) for part in ("move", "sample", "score"))
-        self._display.point(alpha, beta, reward, float(data["kl_k1"].mean()), seconds)
+        kl = float(data["kl_k1"].mean()) if "kl_k1" in data else math.nan
+        self._display.point(alpha, beta, reward, kl, seconds)
         if failed := data.attrs.get("failed_episodes"):
             self._display.say(
                 f"({alpha:g}, {beta:g}): {failed} of {data['status'].size} episodes failed; "
@@ -167,20 +169,27 @@ class BaseBatchOnce:
         assert server.meter is not None
         async with self._first:
             stored = self._journal.read_base()
+            earlier = [] if stored is not None else self._journal.read_bases()
+            for known in (*earlier, *([] if stored is None else [stored])):
+                self._check_dtype(server, known)
             if stored is None:
-                base = await server.meter.base(self._display.episode)
+                batches = [BaseBatch.from_dataset(known) for known in earlier]
+                base = await server.meter.base(self._display.episode, earlier=batches)
                 if base.failures and base.failures.failed:
                     self._display.say(f"the checkpoint's own batch: {base.failures}")
                 batch = base.to_dataset()
                 await job.check_weights(server, 0.0, 0.0)
                 stored = self._journal.write_base(batch.assign_attrs(server_dtype=server.facts["dtype"]))
-            if server.facts["dtype"] != stored.attrs["server_dtype"]:
-                raise ServerError(
-                    f"{server.client.url} holds weights in {server.facts['dtype']}, the points in {self._journal.root} "
-                    f"were measured in {stored.attrs['server_dtype']}; set server.dtype accordingly"
-                )
+                self._check_dtype(server, stored)
             self._batch = self._batch or BaseBatch.from_dataset(stored)
             return self._batch
+
+    def _check_dtype(self, server: Server, stored: xr.Dataset) -> None:
+        if server.facts["dtype"] != stored.attrs["server_dtype"]:
+            raise ServerError(
+                f"{server.client.url} holds weights in {server.facts['dtype']}, the points in {self._journal.root} "
+                f"were measured in {stored.attrs['server_dtype']}; set server.dtype accordingly"
+            )
 
 
 class SliceJob(Job):
@@ -214,18 +223,19 @@ class SliceJob(Job):
         assert server.meter is not None
         base = self._base.batch
         point = self._plan.design.by_place[portion.place]
-        # The name of a file says its tasks only where these are not all.
-        tasks = None if portion[1:] == (0, self._plan.tasks) else range(portion.start, portion.stop)
-        data, batch = await server.meter.point(base, point.alpha, point.beta, self._display.episode, tasks)
+        cells = portion.cells
+        data, batch = await server.meter.point(
+            base, point.alpha, point.beta, self._display.episode, cells.tasks, cells.rollouts, cells.scored > 0
+        )
         await self.check_weights(server, point.alpha, point.beta)
         if not wanted():
             return
-        if server.meter.runner.keep_traces:
-            name = self._journal.frame.point_file(point.place, tasks)
+        if server.meter.runner.keep_traces and batch:
+            name = self._journal.names.name(point.place, cells)
             _write_traces((self._journal.root / TRACES_FOLDER / name).with_suffix(".jsonl"), batch)
-        self._journal.write_point(point.place, data, tasks)
+        self._journal.write_point(point.place, data, cells)
         server.points += 1
-        self._show(point.alpha, point.beta, float(data["reward"].mean()), data)
+        self._show(point.alpha, point.beta, float(data["reward"].mean()) if "reward" in data else math.nan, data)
 
     async def conclude(self, servers: Sequence[Server]) -> None:
         """After the last point: recheck the origin, compare the weights there, record which servers measured."""

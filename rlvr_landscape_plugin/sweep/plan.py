@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from rlvr_landscape_plugin.config import SweepConfig
-from rlvr_landscape_plugin.designs import DESIGNS, Design, Point, Surroundings, find_designer
-from rlvr_landscape_plugin.directions import GENERATOR, Displacement
-from rlvr_landscape_plugin.files import JsonObject
+from rlvr_landscape_plugin.designs import Design, Point, Surroundings
+from rlvr_landscape_plugin.directions import Displacement
+from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.snapshot import Snapshot
-from rlvr_landscape_plugin.store import Journal, Place, Subset, holds
+from rlvr_landscape_plugin.store import Cells, Held, Journal, Place, Subset, asked_for, held, holds, lacks, missing
+from rlvr_landscape_plugin.sweep.growth import Growth, PromptsHash, extent_of, make_designs, snapshot_identity
 from rlvr_landscape_plugin.sweep.progressive import Refinement, check_progressive
 
 
 class Portion(NamedTuple):
-    """A point and a range of tasks, measured together."""
+    """A point and some of its cells, measured together."""
 
     place: Place
-    start: int
-    """The first of the tasks."""
-    stop: int
-    """The end of them."""
+    cells: Cells
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Plan:
     """How the range was found, if by probes."""
     refinement: Refinement | None = None
     """State of its progressive sweep; None: it is not progressive, everything is measured."""
+    larger: Held | None = None
+    """What its dataset holds, where that is more than is asked for: then nothing is measured and the dataset stays."""
 
     @property
     def snapshot(self) -> Snapshot:
@@ -71,14 +73,30 @@ class Plan:
 
         A progressive sweep makes every interim look that the points measured so far allow.
         """
+        if self.larger is not None:
+            return []
         # Without the base batch that they were scored against, points may be of no use.
-        covered = self.journal.covered() if self.journal.read_base() is not None else {}
+        found = self.journal.found() if self.journal.base_shapes else {}
         while True:
-            stop = self.subset.prompts if self.subset else self.tasks
-            starts = ((point.place, covered.get(point.place, 0)) for point in self.points)
-            missing = [Portion(place, int(start), stop) for place, start in starts if start < stop]
-            if missing or self.refinement is None or not self.refinement.advance():
-                return missing
+            extent = self.journal.extent
+            if self.subset is not None:
+                extent = extent.of_first(self.subset.prompts)
+            portions = [
+                Portion(point.place, cells)
+                for point in self.points
+                for cells in missing(found.get(point.place, ()), extent)
+            ]
+            if portions or self.refinement is None or not self.refinement.advance():
+                return portions
+
+    @property
+    def base_episodes(self) -> int:
+        """Episodes of the checkpoint's own batch that are not there yet."""
+        extent = self.journal.extent
+        known = np.zeros((extent.prompts, extent.completions), bool)
+        for prompts, completions in self.journal.base_shapes:
+            known[:prompts, :completions] = True
+        return int((~known).sum())
 
     @property
     def facts(self) -> list[str]:
@@ -94,6 +112,8 @@ class Plan:
     @property
     def concluded(self) -> bool:
         """Whether this process has finished everything, including the recheck of the origin."""
+        if self.larger is not None:
+            return True
         if self.journal.read_facts(self.own_facts) is None:
             return False
         done, total = self.journal.status()
@@ -102,7 +122,7 @@ class Plan:
     @property
     def waiting_for(self) -> str:
         """What other shards have not measured yet, as a sentence; empty when the dataset can be written."""
-        if self.share[1] == 1 or holds(self.journal, self.dataset):
+        if self.share[1] == 1 or self.larger is not None or holds(self.journal, self.dataset):
             return ""
         done, total = self.journal.status()
         if done < total:
@@ -111,37 +131,40 @@ class Plan:
         return f"no {', '.join(absent)} yet" if absent else ""
 
 
-def make_plans(config: SweepConfig, around: Surroundings, prompts: str, reward_mode: str) -> list[Plan]:
-    """Open or create the journals of the designs around one snapshot; `prompts`: the hash of the prompt set.
+def make_plans(config: SweepConfig, around: Surroundings, prompts: PromptsHash, reward_mode: str) -> list[Plan]:
+    """Open or create the journals of the designs around one snapshot.
 
     Raises `ConfigurationError`, `SnapshotError` or `StoreError` naming key or file.
     """
-    designs = find_designer(config.design, DESIGNS)(config, around)
-    return [_plan(config, around, design, prompts, reward_mode) for design in designs]
+    return [_plan(config, around, design, prompts, reward_mode) for design in make_designs(config, around)]
 
 
-def _plan(config: SweepConfig, around: Surroundings, design: Design, prompts: str, reward_mode: str) -> Plan:
+def _plan(config: SweepConfig, around: Surroundings, design: Design, prompts: PromptsHash, reward_mode: str) -> Plan:
     root, total = Path(config.output), config.env.num_prompts
     if config.until_ci_width is not None:
         check_progressive(design.frame, total, config.until_ci_width, config.until_ci_of)
     identity = snapshot_identity(config, design.snapshot, prompts) | dict(design.identity)
-    journal = Journal(root / design.journal_name, design.frame, identity)
+    growth = Growth(config, around, design, prompts)
+    journal = Journal(root / design.journal_name, design.frame, identity, extent_of(config), growth)
     dataset = root / design.dataset_name
+    present, asked = held(journal, dataset), asked_for(journal)
+    larger = present if present is not None and not lacks(present, asked) and lacks(asked, present) else None
+    if larger is None:
+        _check_grows(journal, dataset, present, asked)
     # Read before anything is measured, so that a damaged snapshot 0 is reported at once, not after hours.
-    done = holds(journal, dataset)
+    done = present is not None and not lacks(present, asked)
     far = Displacement(math.nan, math.nan, "") if done else around.trajectory.displacement
     refinement = None
-    if config.until_ci_width is not None:
-        refinement = Refinement(journal, total, config.until_ci_width, config.until_ci_of)
-    return Plan(design, journal, dataset, far, reward_mode, config.share, total, around.found, refinement)
+    if config.until_ci_width is not None and larger is None:
+        refinement = Refinement(journal, total, config.until_ci_width, config.until_ci_of, present)
+    return Plan(design, journal, dataset, far, reward_mode, config.share, total, around.found, refinement, larger)
 
 
-def snapshot_identity(config: SweepConfig, snapshot: Snapshot, prompts: str) -> JsonObject:
-    """What determines the numbers around a snapshot, whichever policies are measured."""
-    return {
-        "configuration": config.provenance(),
-        "step": snapshot.step,
-        "snapshot_sha256": snapshot.sha256,
-        "directions_generator": GENERATOR,
-        "prompts_sha256": prompts,
-    }
+def _check_grows(journal: Journal, dataset: Path, present: Held | None, asked: Held) -> None:
+    """Raise `StoreError` where a sweep asks for less than its dataset holds, or than what began its journal."""
+    there, where = (present, dataset) if present is not None else (Held.of(*journal.began), journal.root)
+    if lost := lacks(asked, there):
+        raise StoreError(
+            f"{where} holds what is not asked for now: {'; '.join(lost)}. A sweep can grow but not shrink: ask for "
+            "this too, or choose another output directory"
+        )

@@ -26,7 +26,15 @@ from rlvr_landscape_plugin.episodes import ERROR, TRUNCATED, EpisodeRunner, Fail
 from rlvr_landscape_plugin.errors import ConfigurationError, TasksetError
 from rlvr_landscape_plugin.objectives import Completions, Objective, clipped_term, group_advantages, pad
 from rlvr_landscape_plugin.serving.client import LandscapeClient
-from rlvr_landscape_plugin.sweep.base_batch import DIMS, BaseBatch, rescored_dataset, score_segments
+from rlvr_landscape_plugin.store import Cells, Extent, missing
+from rlvr_landscape_plugin.sweep.base_batch import (
+    DIMS,
+    BaseBatch,
+    Completion,
+    known_completions,
+    rescored_dataset,
+    score_segments,
+)
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
@@ -90,29 +98,46 @@ class PointMeter:
     base_rollouts: int | None = None
     """Rollouts per task of the checkpoint's own batch, which then has a dimension for them; None: `rollouts`."""
 
-    async def base(self, progress: Callable[[], None], prompts: range | None = None) -> BaseBatch:
+    async def base(
+        self, progress: Callable[[], None], prompts: range | None = None, earlier: Sequence[BaseBatch] = ()
+    ) -> BaseBatch:
         """Sample and re-score the checkpoint's own batch, on some or all tasks; the server must stand at the origin.
 
-        Raises `TasksetError` where every episode failed, or none recorded a reward.
+        `earlier`: batches of all tasks with fewer tasks or completions, whose completions are taken over. Advantages
+        and weights are always those of the whole new batch. Raises `TasksetError` where every episode failed, or none
+        recorded a reward.
         """
-        rollouts = self.rollouts if self.base_rollouts is None else self.base_rollouts
-        batch = await self._sample("base", prompts or range(len(self.tasks)), rollouts, progress)
-        failures = check_failures(batch, "of the checkpoint's own batch")
-        if not any(rollout.paid for row in batch for rollout in row if rollout.status != ERROR):
+        completions = self.rollouts if self.base_rollouts is None else self.base_rollouts
+        prompts = prompts or range(len(self.tasks))
+        cells = known_completions(earlier)
+        extent = Extent(len(prompts), completions, 0)
+        known = [Cells(range(batch.reward.shape[0]), range(batch.reward.shape[1]), 0) for batch in earlier]
+        new: list[list[Rollout]] = []
+        for part in missing(known, extent):
+            tasks = range(prompts.start + part.tasks.start, prompts.start + part.tasks.stop)
+            batch = await self._sample("base", tasks, part.rollouts, progress)
+            scored = await score_segments(self.client, [[cell.segments for cell in row] for row in batch])
+            for p, row in zip(part.tasks, range(len(batch)), strict=True):
+                for r, cell, logprobs in zip(part.rollouts, batch[row], scored[row], strict=True):
+                    cells[p, r] = Completion(cell.reward, cell.status, cell.segments, logprobs)
+            new += batch
+        rows = [[cells[p, r] for r in range(completions)] for p in range(len(prompts))]
+        if all(cell.status == ERROR for row in rows for cell in row):
+            check_failures(new, "of the checkpoint's own batch")
+        if not earlier and not any(cell.paid for row in new for cell in row if cell.status != ERROR):
             raise TasksetError(
                 "the taskset recorded no reward in any episode of the checkpoint's own batch; a landscape would be 0 "
                 "everywhere. Give its tasks a @vf.reward, or record one in run() or finalize() of its environment"
             )
-        reward = np.array([[cell.reward for cell in row] for row in batch], dtype=np.float64)
-        segments = [[cell.segments for cell in row] for row in batch]
+        reward = np.array([[cell.reward for cell in row] for row in rows], dtype=np.float64)
         base = BaseBatch(
             reward,
-            np.array([[cell.status for cell in row] for row in batch], dtype=np.int8),
+            np.array([[cell.status for cell in row] for row in rows], dtype=np.int8),
             group_advantages(reward, self.surrogate.advantage_scale, self.surrogate.advantage_eps),
-            segments,
-            await score_segments(self.client, segments),
+            [[cell.segments for cell in row] for row in rows],
+            [[cell.logprobs for cell in row] for row in rows],
             apart=self.base_rollouts is not None,
-            failures=failures,
+            failures=Failures.of(new),
         )
         if not self.surrogate.is_usual:
             base.weight = objective_scores(base, base.logprobs, self.surrogate.trained, self.seed).weight
@@ -125,28 +150,39 @@ class PointMeter:
         beta: float,
         progress: Callable[[], None],
         prompts: range | None = None,
+        rollouts: range | None = None,
+        score: bool = True,
     ) -> tuple[xr.Dataset, list[list[Rollout]]]:
         """Move to (α, β), roll out and score. The dataset has dims (prompt, rollout) and per-point scalars.
 
-        `base` is the base batch of all tasks. `prompts`: the tasks to measure (default: all); their rollouts do not
-        depend on which other tasks are measured with them. At the origin the scores are those of the base batch, so
-        that ρ = 1 holds there exactly. Where episodes failed, the attributes `failed_episodes` and `first_failure` say
-        how many and why. Raises `TasksetError` where all of them did.
+        `base` is the base batch of all tasks. `prompts` and `rollouts`: which of them to measure (default: all); what
+        they sample does not depend on which others are measured with them. `score`: whether the completions of these
+        tasks are scored; they have a dimension of their own unless all rollouts are measured. At the origin the scores
+        are those of the base batch, so that ρ = 1 holds there exactly. Where episodes failed, the attributes
+        `failed_episodes` and `first_failure` say how many and why. Raises `TasksetError` where the whole point failed.
         """
         if prompts is None:
             prompts = range(len(self.tasks))
+        every = range(self.rollouts)
+        rollouts = every if rollouts is None else rollouts
         whole = len(prompts) == len(base.reward)
         base = base.part(prompts)
+        base.apart = base.apart or rollouts != every
         clock = [time.perf_counter()]
         move = await self.client.move(alpha, beta)
         clock.append(time.perf_counter())
-        batch = await self._sample("fresh", prompts, self.rollouts, progress)
+        batch = await self._sample("fresh", prompts, rollouts, progress) if rollouts else []
         clock.append(time.perf_counter())
-        failures = check_failures(batch, f"at ({alpha:g}, {beta:g})")
-        origin = alpha == 0 and beta == 0
-        scored = base.logprobs if origin else await score_segments(self.client, base.segments)
+        # A few episodes may well fail all together, and would not end a sweep that measures them with the others.
+        failures = (
+            check_failures(batch, f"at ({alpha:g}, {beta:g})") if whole and rollouts == every else Failures.of(batch)
+        )
+        data = xr.Dataset(self._fresh(batch))
+        if score:
+            origin = alpha == 0 and beta == 0
+            scored = base.logprobs if origin else await score_segments(self.client, base.segments)
+            data = data.assign(self._scores(base, scored, whole))
         clock.append(time.perf_counter())
-        data = self._arrays(base, batch, scored, whole)
         for name, seconds in zip(("seconds_move", "seconds_sample", "seconds_score"), np.diff(clock), strict=True):
             data[name] = ((), float(seconds))
         data["realised_step"] = ((), move.realised_step)
@@ -156,16 +192,17 @@ class PointMeter:
         return data, batch
 
     async def _sample(
-        self, stream: str, prompts: range, rollouts: int, progress: Callable[[], None]
+        self, stream: str, prompts: range, rollouts: range, progress: Callable[[], None]
     ) -> list[list[Rollout]]:
         def seed(prompt: int, rollout: int, turn: int) -> int:
-            return sampling_seed(self.seed, stream, prompts[prompt], rollout, turn)
+            return sampling_seed(self.seed, stream, prompts[prompt], rollouts[rollout], turn)
 
-        return await self.runner.batch(self.tasks[prompts.start : prompts.stop], rollouts, seed, progress)
+        return await self.runner.batch(self.tasks[prompts.start : prompts.stop], len(rollouts), seed, progress)
 
-    def _arrays(
-        self, base: BaseBatch, batch: list[list[Rollout]], scored: list[list[np.ndarray]], whole: bool
-    ) -> xr.Dataset:
+    def _scores(
+        self, base: BaseBatch, scored: list[list[np.ndarray]], whole: bool
+    ) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
+        """What the completions say, under their log π after the move (`scored`)."""
         low, high = self.surrogate.clip_low, self.surrogate.clip_high
         names = ("kl_k1", "kl_k3", "surrogate", "clip_fraction")
         scores = {name: np.full(base.reward.shape, np.nan) for name in names}
@@ -185,18 +222,24 @@ class PointMeter:
             drawn = objective_scores(base, scored, objective, self.seed)
             scores["surrogate"], scores["clip_fraction"] = drawn.surrogate, drawn.clip_fraction
 
+        return {name: (base.dims, values) for name, values in scores.items()}
+
+    def _fresh(self, batch: Sequence[Sequence[Rollout]]) -> dict[str, tuple[tuple[str, str], np.ndarray]]:
+        """What the fresh rollouts say; empty where there are none."""
+
         def fresh(value: Callable[[Rollout], float], dtype: DTypeLike) -> tuple[tuple[str, str], np.ndarray]:
             return DIMS, np.array([[value(cell) for cell in row] for row in batch], dtype=dtype)
 
-        data = {
-            **{name: (base.dims, values) for name, values in scores.items()},
+        if not batch:
+            return {}
+        return {
             "reward": fresh(lambda cell: cell.reward, np.float64),
             "status": fresh(lambda cell: cell.status, np.int8),
             "truncated": fresh(lambda cell: cell.status == TRUNCATED, np.int8),
             "completion_tokens": fresh(lambda cell: cell.completion_tokens, np.int32),
             "entropy": fresh(_mean_surprisal, np.float64),
+            **_metrics(batch),
         }
-        return xr.Dataset(data | _metrics(batch))
 
 
 def _metrics(batch: Sequence[Sequence[Rollout]]) -> dict[str, tuple[tuple[str, str], np.ndarray]]:

@@ -18,7 +18,7 @@ from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS
 
 from rlvr_landscape_plugin.errors import ConfigurationError, StoreError
 from rlvr_landscape_plugin.files import JsonObject
-from rlvr_landscape_plugin.store import Frame, Journal, Subset
+from rlvr_landscape_plugin.store import Frame, Held, Journal, Subset
 
 Statistic = Literal["correlation", "beyond_radius"]
 
@@ -46,18 +46,34 @@ class Refinement:
     Decisions are a function of the journal's files, so the same command takes them again when it continues.
     """
 
-    def __init__(self, journal: Journal, prompts: int, asked: float, statistic: Statistic) -> None:
-        """`prompts`: all that may be measured. The grid has passed `check_progressive`."""
+    def __init__(
+        self, journal: Journal, prompts: int, asked: float, statistic: Statistic, present: Held | None = None
+    ) -> None:
+        """`prompts`: all that may be measured. `present`: what the dataset holds already, which stays part of it. The
+        grid has passed `check_progressive`."""
         self._journal, self._prompts, self._asked, self._statistic = journal, prompts, asked, statistic
         alpha, beta = journal.frame.dimensions
         self._axes = alpha.values, beta.values
+        self._present = present
         self._levels = progressive.grid_levels(*self._axes)
         self._design = progressive.first_design(*self._axes, prompts)
         self.looks: list[progressive.Look] = []
 
     @property
     def subset(self) -> Subset:
-        """What is measured now, or was measured last."""
+        """What is measured now, or was measured last: what is analysed, and what the dataset held before."""
+        analysed, present = self._analysed, self._present
+        if present is None:
+            return analysed
+        indices = [
+            tuple(sorted({*chosen, *np.flatnonzero(np.isin(axis, np.asarray(present.axes[name]))).tolist()}))
+            for name, axis, chosen in zip(GRID, self._axes, analysed.indices, strict=True)
+        ]
+        return Subset(tuple(indices), max(analysed.prompts, present.prompts))
+
+    @property
+    def _analysed(self) -> Subset:
+        """What the next look is at."""
         rows, columns = self._levels[self._design.level]
         return Subset((tuple(rows.tolist()), tuple(columns.tolist())), self._design.prompts)
 
@@ -75,7 +91,7 @@ class Refinement:
         return following is not None
 
     def _data(self) -> xr.Dataset:
-        subset = self.subset
+        subset = self._analysed
         names = ("reward", "kl_k1")
         points = [self._journal.read_point(place, subset.prompts)[list(names)] for place in subset.places]
         stacked = {name: np.stack([point[name].values for point in points]) for name in names}

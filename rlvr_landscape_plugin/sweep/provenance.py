@@ -28,7 +28,7 @@ PACKAGES = (
 
 def dataset_attributes(config: SweepConfig, plan: Plan) -> JsonObject:
     """Global attributes of a plan's dataset."""
-    facts = [server for name in plan.facts for server in plan.journal.read_facts(name) or ()]
+    facts = plan.journal.all_facts()
     control = {} if plan.reward_mode == VERIFIER else {"reward_mode": plan.reward_mode}
     paid = f", {plan.reward_mode} reward" if control else ""
     design = plan.design

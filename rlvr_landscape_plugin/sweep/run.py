@@ -22,12 +22,14 @@ from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.designs import Surroundings
 from rlvr_landscape_plugin.directions import AXES, Trajectory
 from rlvr_landscape_plugin.display import Display
+from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
 from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, with_server_logs
+from rlvr_landscape_plugin.sweep.growth import probes_identity, snapshot_identity
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
-from rlvr_landscape_plugin.sweep.plan import Plan, make_plans, snapshot_identity
+from rlvr_landscape_plugin.sweep.plan import Plan, make_plans
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
 from rlvr_landscape_plugin.sweep.provenance import dataset_annotations, dataset_attributes
 from rlvr_landscape_plugin.sweep.snapshots import open_snapshots
@@ -92,7 +94,7 @@ class Sweep:
         """Measure what is missing, then write the datasets that are whole; returns their paths."""
         self.known.update({snapshot.path: snapshot for snapshot in self.snapshots})
         plans = [plan for snapshot in self.snapshots for plan in await self.plans(snapshot)]
-        missing = [len(plan.missing()) for plan in plans]
+        missing = [len({portion.place for portion in plan.missing()}) for plan in plans]
         open_plans = [plan for plan, count in zip(plans, missing, strict=True) if count or not plan.concluded]
         if open_plans:
             first = "" if self.config.until_ci_width is None else " first"
@@ -102,12 +104,14 @@ class Sweep:
             await self.measure(plan, await self.fleet.pool(plan.snapshot))
         return [path for plan in plans if (path := self.write(plan)) is not None]
 
-    @functools.cached_property
-    def prompts(self) -> str:
-        """Hash of the tasks."""
-        from rlvr_landscape_plugin.episodes import prompts_hash
+    def prompts(self, count: int) -> str:
+        """Hash of the first `count` tasks."""
+        from rlvr_landscape_plugin.episodes import load_tasks, prompts_hash
 
-        return prompts_hash(self.tasks)
+        tasks = self.tasks
+        if count > len(tasks):
+            tasks = load_tasks(self.env, count, runtime=self.config.env.runtime is not None)
+        return prompts_hash(tasks[:count])
 
     @functools.cached_property
     def chat(self) -> ChatFormat:
@@ -159,9 +163,12 @@ class Sweep:
         assert settings is not None
         slice_ = around.prepare(config, config.slice.seeds[0])
         spec = {"slice": slice_.spec.as_dict(), "directions_fingerprint": slice_.fingerprint}
-        identity = snapshot_identity(config, snapshot, self.prompts) | spec
+        identity = probes_identity(config, snapshot, self.prompts) | spec
+        earlier = snapshot_identity(config, snapshot, self.prompts) | spec
         path = Path(config.output) / f"range_step{snapshot.step:06d}.json"
-        found = read_record(path, identity)
+        found = read_record(path, identity, earlier)
+        if found is not None and found.get("prompts_sha256") not in (None, self.prompts(found["prompts"])):
+            raise StoreError(f"{path}: its probes had other tasks; choose another output directory")
         if found is None:
             pool = await self.fleet.pool(snapshot)
             tasks = min(settings.prompts, config.env.num_prompts)
@@ -178,7 +185,8 @@ class Sweep:
             with with_server_logs(pool.servers):
                 found = await find_range(config.grid, settings, probe)
             seed = config.slice.seeds[0]
-            found |= {"prompts": tasks, "rollouts": config.env.rollouts, "slice": seed}
+            found |= {"prompts": tasks, "prompts_sha256": self.prompts(tasks)}
+            found |= {"rollouts": config.env.rollouts, "slice": seed}
             found = keep_record(path, identity, found)
         note = f" ({found['note']})" if found["note"] else ""
         self.display.say(f"step {snapshot.step}: the configured range × {found['factor']:g}{note}")
@@ -206,7 +214,7 @@ class Sweep:
 
     async def measure_slice(self, plan: Plan, index: int, job: SliceJob, pool: Pool[Server]) -> None:
         """Measure the points of one slice; a progressive sweep in as many rounds as its interim looks ask for."""
-        display, rollouts, shown, entered = self.display, self.config.env.rollouts, 0, False
+        display, shown, entered = self.display, 0, False
         while True:
             missing = [p for p in plan.missing() if plan.design.by_place[p.place].slice == index]
             if plan.refinement:
@@ -216,10 +224,10 @@ class Sweep:
             if not missing and entered:
                 break
             total = sum(point.slice == index for point in plan.points)
-            tasks = round(sum(portion.stop - portion.start for portion in missing) / len(missing)) if missing else 0
-            base = plan.tasks if plan.journal.read_base() is None else 0
-            episodes = base * self.config.env.own_rollouts
-            display.open(self.label(plan, index), total - len(missing), total, tasks * rollouts, episodes)
+            done = total - len({portion.place for portion in missing})
+            asked = sum(len(portion.cells.tasks) * len(portion.cells.rollouts) for portion in missing)
+            each = round(asked / len(missing)) if missing else 0
+            display.open(self.label(plan, index), done, done + len(missing), each, plan.base_episodes)
             await pool.work(PointQueue(missing), job, new_slice=not entered)
             entered = True
             if plan.refinement is None:
@@ -237,6 +245,9 @@ class Sweep:
         if waiting := plan.waiting_for:
             self.display.say(f"{plan.dataset.name} is left to the shard that finishes last: {waiting}")
             return None
+        if plan.larger is not None:
+            self.display.say(f"dataset {plan.dataset}, which holds more than is asked for and stays as it is")
+            return plan.dataset
         attributes = dataset_attributes(self.config, plan)
         path = consolidate(plan.journal, plan.dataset, attributes, dataset_annotations(self.config, plan), plan.subset)
         self.display.say(f"dataset {path}")

@@ -153,9 +153,9 @@ def test_a_census_is_swept(run, sweep_here, fake_server, tmp_path):
         configuration = json.loads(data.attrs["configuration"])
         assert configuration["census"]["pairs"] == 3
         assert "grid" not in configuration
-    again, said = sweep_here(config=config.replace("pairs = 3", "pairs = 4"))
+    again, said = sweep_here(config=config.replace("[0.5, 2.0]", "[0.5, 3.0]"))
     assert again == 2
-    assert "axes.direction" in said
+    assert "radius = 2 (1 of 2 values)" in said
 
 
 def weights(path):

@@ -27,6 +27,7 @@ from rlvr_landscape_plugin.config import SweepConfig, TrainConfig, digest, load_
 from rlvr_landscape_plugin.designs.grid import grid_frame
 from rlvr_landscape_plugin.store import Journal
 from rlvr_landscape_plugin.sweep import main
+from rlvr_landscape_plugin.sweep.growth import extent_of
 
 SWEEPS = {"finished": (), "progressive": PROGRESSIVE}
 KILLED_POINTS = {"a000_b001.nc", "a001_b000.nc", "a001_b001.nc", "a002_b001.nc"}
@@ -132,9 +133,11 @@ def test_a_killed_journal_opens_under_its_old_identity(tmp_path: Path) -> None:
     before = fingerprints(root)
     stored = json.loads((root / "journal.json").read_text())
     axes = stored.pop("axes")
-    journal = Journal(root, grid_frame(np.array(axes["alpha"]), np.array(axes["beta"])), stored)
+    extent = extent_of(SweepConfig.from_provenance(stored["configuration"]))
+    journal = Journal(root, grid_frame(np.array(axes["alpha"]), np.array(axes["beta"])), stored, extent)
     assert {f"a{i:03d}_b{j:03d}.nc" for i, j in journal.done()} == KILLED_POINTS
-    assert journal.prompts == 5
+    assert journal.base_shapes == [(5, 2)]
+    assert journal.read_base() is not None
     assert fingerprints(root) == before
 
 

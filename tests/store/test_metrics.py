@@ -7,7 +7,7 @@ import pytest
 import rlvr_landscape_analysis
 import xarray as xr
 from rlvr_landscape_analysis.schema import SCHEMA, metric_name, variable_of
-from store.test_store import ALPHAS, BETAS, CELL, PROMPTS, ROLLOUTS, base_batch, journal_at, point, recheck
+from store.test_store import ALPHAS, BETAS, CELL, PROMPTS, ROLLOUTS, base_batch, journal_at, point, recheck, tasks
 
 from rlvr_landscape_plugin.episodes import ERROR, OK, Rollout
 from rlvr_landscape_plugin.errors import StoreError, TasksetError
@@ -53,9 +53,9 @@ def test_a_journal_keeps_metrics_that_only_some_points_and_portions_have(tmp_pat
         data = point(*place)
         if place == (1, 2):
             # Two portions, of which only the second has the metric.
-            journal.write_point(place, data.isel(prompt=slice(0, 2)), range(0, 2))
+            journal.write_point(place, data.isel(prompt=slice(0, 2)), tasks(0, 2))
             rest = data.assign(metric_late=(CELL, values)).isel(prompt=slice(2, PROMPTS))
-            journal.write_point(place, rest, range(2, PROMPTS))
+            journal.write_point(place, rest, tasks(2, PROMPTS))
             continue
         journal.write_point(place, data.assign(metric_words=(CELL, values + 100 * place[0])))
     journal.write_recheck(recheck())

@@ -23,6 +23,8 @@ from rlvr_landscape_plugin.designs.grid import grid_frame
 from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.store import (
     Annotations,
+    Cells,
+    Extent,
     Journal,
     Subset,
     consolidate,
@@ -31,12 +33,19 @@ from rlvr_landscape_plugin.store import (
     landscapes,
     read_record,
 )
+from rlvr_landscape_plugin.store.names import PointNames
 
 matplotlib.use("Agg")
 ALPHAS = np.array([-0.1, 0.0, 0.2])
 BETAS = np.array([-0.3, -0.1, 0.0, 0.1])
 PROMPTS, ROLLOUTS = 5, 2
 CELL = ("prompt", "rollout")
+EXTENT = Extent(PROMPTS, ROLLOUTS, ROLLOUTS)
+
+
+def tasks(start, stop):
+    """The cells of some tasks, as a sweep writes them that does not grow."""
+    return Cells(range(start, stop), range(ROLLOUTS), ROLLOUTS)
 
 
 def identity(**changes):
@@ -81,14 +90,26 @@ def recheck():
 def test_a_frame_names_its_axes_and_its_files():
     frame = grid_frame(ALPHAS, BETAS, described={"alpha": "along training"})
     assert frame.dimensions[0].long_name == "along training"
-    assert frame.point_file((2, 3)) == "a002_b003.nc"
-    assert frame.parse("a002_b003_p00005-00010.nc") == ((2, 3), range(5, 10))
+    names = PointNames(frame, [frame.axes], EXTENT)
+    assert names.name((2, 3), EXTENT.cells) == "a002_b003.nc"
+    assert names.name((2, 3), tasks(5, 10)) == "a002_b003_p00005-00010.nc"
+    assert names.parse("a002_b003_p00005-00010.nc") == ((2, 3), tasks(5, 10))
+    more = Cells(range(5), range(2, 4), 4)
+    assert names.name((2, 3), more) == "a002_b003_p00000-00005_r00002-00004_c00004.nc"
+    assert names.parse(names.name((2, 3), more)) == ((2, 3), more)
     for other in ("a003_b000.nc", "a002_b003.nc.corrupt", ".a000_b000.nc.1.tmp", "a002.nc"):
-        assert frame.parse(other) is None
+        assert names.parse(other) is None
+
+
+def test_a_file_keeps_its_name_when_coordinates_are_added_between():
+    old, new = grid_frame(ALPHAS, BETAS), grid_frame(np.array([-0.1, -0.05, 0.0, 0.1, 0.2]), BETAS)
+    names = PointNames(new, [old.axes, new.axes], EXTENT)
+    assert [names.name((i, 0), EXTENT.cells)[:4] for i in range(5)] == ["a000", "a003", "a001", "a004", "a002"]
+    assert names.parse("a002_b003.nc") == ((4, 3), EXTENT.cells)
 
 
 def journal_at(path, **changes):
-    return Journal(path, grid_frame(ALPHAS, BETAS), identity(**changes))
+    return Journal(path, grid_frame(ALPHAS, BETAS), identity(**changes), EXTENT)
 
 
 def finished(path, **changes):
@@ -163,31 +184,32 @@ def portion(i, j, start, stop):
 def test_a_point_may_come_in_portions_of_prompts(tmp_path):
     journal = journal_at(tmp_path / "run")
     journal.write_base(base_batch())
-    journal.write_point((1, 1), portion(1, 1, 0, 2), range(2))
-    journal.write_point((1, 2), portion(1, 2, 2, 5), range(2, 5))
-    assert journal.covered() == {(1, 1): 2}, "a portion that follows on nothing does not count"
+    journal.write_point((1, 1), portion(1, 1, 0, 2), tasks(0, 2))
+    journal.write_point((1, 2), portion(1, 2, 2, 5), tasks(2, 5))
+    assert journal.found() == {(1, 1): [tasks(0, 2)], (1, 2): [tasks(2, 5)]}
     assert journal.done() == set()
     xr.testing.assert_equal(journal.read_point((1, 1), 2), portion(1, 1, 0, 2))
     with pytest.raises(StoreError, match="not measured yet"):
         journal.read_point((1, 1))
-    journal.write_point((1, 1), portion(1, 1, 2, 5), range(2, 5))
-    journal.write_point((1, 1), portion(1, 1, 0, 4), range(4))
+    journal.write_point((1, 1), portion(1, 1, 2, 5), tasks(2, 5))
+    journal.write_point((1, 1), portion(1, 1, 0, 4), tasks(0, 4))
     assert (journal.done(), journal.status()) == ({(1, 1)}, (1, 12))
     again = journal.read_point((1, 1))
     xr.testing.assert_equal(again.reward, point(1, 1).reward)
     assert again.realised_step == point(1, 1).realised_step
     assert again.seconds_move == 2 * point(1, 1).seconds_move
-    with pytest.raises(StoreError, match="2 prompts, not those of"):
-        journal.write_point((0, 0), portion(0, 0, 0, 2), range(3))
+    with pytest.raises(StoreError, match="2 prompts, not 3"):
+        journal.write_point((0, 0), portion(0, 0, 0, 2), tasks(0, 3))
 
 
 def test_a_portion_under_a_wrong_name_is_moved_aside(tmp_path):
     journal = journal_at(tmp_path / "run")
     journal.write_base(base_batch())
     data = portion(0, 0, 0, 2)
-    journal._write(journal._path((0, 0), range(3)), data.assign_attrs(base_sha256=journal._base_digest()))
-    with pytest.warns(UserWarning, match="holds 2 prompts, its name says 0 to 3"):
-        assert journal.covered() == {}
+    path = journal.root / "points" / journal.names.name((0, 0), tasks(0, 3))
+    journal._write(path, data.assign_attrs(base_sha256=journal.base_sha256))
+    with pytest.warns(UserWarning, match="it has 2 prompts, not 3"):
+        assert journal.found() == {}
 
 
 def test_a_dataset_of_a_part_is_replaced_by_that_of_more(tmp_path):
@@ -196,7 +218,7 @@ def test_a_dataset_of_a_part_is_replaced_by_that_of_more(tmp_path):
     journal.write_recheck(recheck())
     part, out = Subset(((0, 1, 2), (0, 2, 3)), 2), tmp_path / "out.nc"
     for cell in part.places:
-        journal.write_point(cell, portion(*cell, 0, 2), range(2))
+        journal.write_point(cell, portion(*cell, 0, 2), tasks(0, 2))
     with pytest.raises(StoreError, match="lacks 12 of 12 points"):
         consolidate(journal, out, {})
     consolidate(journal, out, {"title": "a part"}, subset=part)
@@ -208,9 +230,9 @@ def test_a_dataset_of_a_part_is_replaced_by_that_of_more(tmp_path):
     np.testing.assert_array_equal(small.beta, BETAS[[0, 2, 3]])
     assert small.reward.sel(alpha=0.2, beta=-0.3, prompt=1, rollout=1).item() == pytest.approx(201.1)
     for cell in np.ndindex(3, 4):
-        start = journal.covered().get(cell, 0)
+        start = 2 if cell in journal.found() else 0
         whole = point(*cell).isel(prompt=slice(start, None))
-        journal.write_point(cell, whole, range(start, PROMPTS) if start else None)
+        journal.write_point(cell, whole, tasks(start, PROMPTS))
     consolidate(journal, out, {"title": "everything"})
     with xr.open_dataset(out) as full:
         assert full.attrs["title"] == "everything"
@@ -303,7 +325,7 @@ def test_another_configuration_is_refused_and_every_difference_named(journal):
     assert "configuration.env.rollouts: 2 there, 9 asked for" in str(caught.value)
     assert "env.id" not in str(caught.value)
     with pytest.raises(StoreError, match=r"axes\.beta"):
-        Journal(journal.root, grid_frame(ALPHAS, BETAS[:3]), identity())
+        Journal(journal.root, grid_frame(ALPHAS, BETAS[:3]), identity(), EXTENT)
 
 
 def test_another_landscape_is_not_overwritten(landscape, tmp_path):
@@ -534,6 +556,7 @@ def leave(kib):
     import shutil
     (root / "ballast").write_bytes(bytes(shutil.disk_usage(root).free - kib * 1024))
 test_store.PROMPTS = 400
+test_store.EXTENT = Extent(400, 2, 2)
 journal = journal_at(root / "run")
 rng = np.random.default_rng(0)
 def noisy(i, j):

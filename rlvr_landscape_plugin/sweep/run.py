@@ -107,10 +107,12 @@ class Sweep:
     def prompts(self, count: int) -> str:
         """Hash of the first `count` tasks."""
         from rlvr_landscape_plugin.episodes import load_tasks, prompts_hash
+        from rlvr_landscape_plugin.episodes.tasksets import CHAT
 
         tasks = self.tasks
         if count > len(tasks):
-            tasks = load_tasks(self.env, count, runtime=self.config.env.runtime is not None)
+            env = self.config.env
+            tasks = load_tasks(self.env, count, runtime=env.runtime is not None, path=env.path or CHAT)
         return prompts_hash(tasks[:count])
 
     @functools.cached_property

@@ -244,7 +244,7 @@ def test_a_full_disk_and_two_trainer_ranks(workplace):
         (line,) = (disk / "failures.jsonl").read_text().splitlines()
         assert json.loads(line)["step"] == 2
         assert "No space left on device" in json.loads(line)["error"]
-        assert "No snapshot of step 2; training goes on" in run.trainer_log
+        assert "No snapshot of step 2; training continues" in run.trainer_log
         assert sorted(path.name for path in disk.iterdir()) == ["failures.jsonl", "step_000001", "step_000003"]
         for step in (1, 3):
             snapshot = open_snapshot(disk / f"step_{step:06d}")

@@ -8,10 +8,13 @@ from rlvr_landscape_plugin.snapshot.snapshot import Snapshot, compare_tensors
 def check_architecture(snapshot: Snapshot) -> str | None:
     """Raise `SnapshotError` unless the tensors on disk are those that config.json asks for, by name and shape.
 
-    Returns None, or the reason why it cannot be checked: transformers does not know the architecture, or config.json is
-    not one of a model. Imports torch and transformers; takes no memory for weights.
+    Returns None, or the reason why it cannot be checked: there is no torch here (the extra `sweep` needs none),
+    transformers does not know the architecture, or config.json is not one of a model. Takes no memory for weights.
     """
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "torch is not installed here"
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

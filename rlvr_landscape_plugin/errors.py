@@ -45,6 +45,8 @@ EXTRAS = {
     "accelerate": "train",
     "torch": "train",
     "submitit": "cluster",
+    "wandb": "wandb",
+    "trackio": "trackio",
 }
 """Package that may be absent → the extra of this distribution that brings it."""
 

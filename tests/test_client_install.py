@@ -38,7 +38,7 @@ OF_SWEEP = ["verifiers", "transformers", "safetensors"]
 def run_in(folder, *command, **environment):
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=kept | environment, capture_output=True, text=True, timeout=900
+        list(map(str, command)), cwd=folder, env=kept | environment, capture_output=True, text=True, timeout=1800
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -81,6 +81,7 @@ def test_a_sweep_that_shall_start_a_server_says_which_extras_have_one(tmp_path):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 def test_a_fresh_environment_with_the_extra_sweep_measures(fake_server, tmp_path):
     """From the package index, as docs/servers.md says: first the bare wheel, then the extra `sweep`."""
     venv = tmp_path / "venv"

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ConfigDict, model_validator
 from pydantic_config import BaseConfig, ConfigFileError, cli
@@ -21,6 +21,9 @@ from rlvr_landscape_plugin.errors import ConfigurationError
 
 MOST_EPISODES = 10_000_000
 """Episodes (tasks × rollouts) of one batch; more is a typing mistake, and each of them is held in memory."""
+
+LogService = Literal["wandb", "trackio"]
+"""A service that shows the progress of sweeps and of training runs."""
 
 LARGEST_SEED = 2**63 - 1
 """Datasets keep seeds as 64-bit integers."""

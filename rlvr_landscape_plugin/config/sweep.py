@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from rlvr_landscape_analysis.schema import SOLVED
 
-from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, StrictConfig
+from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, LogService, StrictConfig
 from rlvr_landscape_plugin.config.designs import CensusConfig, GridConfig, PathConfig, SliceConfig
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.objectives import LANDSCAPE_FEEDS, Objective, check_feeds, configure
@@ -232,6 +232,11 @@ class SweepConfig(StrictConfig):
     """A training run that goes on: measure each of its snapshots as it appears, instead of `snapshots`."""
     follow_patience: float = Field(default=7200, gt=0)
     """Seconds without a new snapshot after which following ends with an error."""
+    log: LogService | None = None
+    """Also send each point to Weights & Biases (`wandb`) or trackio; the extra of that name. Their environment
+    variables hold, such as WANDB_MODE. A failure there never ends a sweep."""
+    log_project: str | None = None
+    """Project there; default: WANDB_PROJECT or TRACKIO_PROJECT, else `rlvr-landscape`."""
     dry_run: bool = False
     """Print the resolved configuration and the expected cost, then stop."""
 
@@ -282,7 +287,7 @@ class SweepConfig(StrictConfig):
             mode="json",
             exclude={
                 *("output", "snapshots", "save_traces", "shard", "until_ci_width", "until_ci_of", "dry_run", "server"),
-                *("follow", "follow_patience", "base_model", "allow_equal_snapshots"),
+                *("follow", "follow_patience", "base_model", "allow_equal_snapshots", "log", "log_project"),
             },
         )
         # A slice's own seed is part of its identity, the list of all of them is not.

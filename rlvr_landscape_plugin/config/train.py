@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlvr_landscape_plugin.config.base import MOST_EPISODES, StrictConfig
+from rlvr_landscape_plugin.config.base import MOST_EPISODES, LogService, StrictConfig
 from rlvr_landscape_plugin.config.sweep import SamplingConfig, ServerConfig
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.schedule import LIMIT, parse_schedule
@@ -173,6 +173,10 @@ class TrainConfig(StrictConfig):
     """CPU threads of the trainer; default: torch's own choice."""
     server: ServerConfig = ServerConfig()
     """The local inference server; `urls` must be empty."""
+    log: LogService | None = None
+    """Also send each step to Weights & Biases (`wandb`) or trackio, as TRL's `report_to`; the extra of that name."""
+    log_project: str | None = None
+    """Project there; default: WANDB_PROJECT or TRACKIO_PROJECT, else `rlvr-landscape`."""
     dry_run: bool = False
     """Print the resolved configuration and the cost, then stop."""
 
@@ -244,7 +248,9 @@ class TrainConfig(StrictConfig):
 
     def provenance(self) -> JsonObject:
         """What determines the run, JSON-able; what only concerns speed is left out, `steps` too without a decay."""
-        data = self.model_dump(mode="json", exclude={"output", "steps", "threads", "dry_run", "server"})
+        data = self.model_dump(
+            mode="json", exclude={"output", "steps", "threads", "log", "log_project", "dry_run", "server"}
+        )
         del data["env"]["max_concurrent"]
         # Runs of before there was this option continue.
         if self.evaluation.first_task is None:

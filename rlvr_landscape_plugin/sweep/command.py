@@ -42,12 +42,12 @@ def run_to_end(config: SweepConfig) -> list[Path]:
 
     A lack of files, memory or disk space becomes a `StoreError`.
     """
-    from rlvr_landscape_plugin.display import Display
     from rlvr_landscape_plugin.sweep.follow import follow_run
     from rlvr_landscape_plugin.sweep.run import run_sweep
+    from rlvr_landscape_plugin.tracking import sweep_display
 
     try:
-        with Display() as display:
+        with sweep_display(config) as display:
             return asyncio.run((run_sweep if config.follow is None else follow_run)(config, display))
     except OSError as error:
         if error.errno not in REFUSALS:

@@ -12,6 +12,7 @@ from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.display import TrainingDisplay
 from rlvr_landscape_plugin.errors import SnapshotError
 from rlvr_landscape_plugin.snapshot import Snapshot, open_snapshot
+from rlvr_landscape_plugin.tracking import require
 from rlvr_landscape_plugin.trl.batch import evaluation_metrics
 from rlvr_landscape_plugin.trl.run_directory import WEIGHT_FILES, RunDirectory, Save, alone
 from rlvr_landscape_plugin.trl.states import complete_states
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 def train(config: TrainConfig) -> None:
     """Train from the last complete state, or from the start, to `config.steps`."""
+    require(config.log)
     run = RunDirectory(config, open_snapshot(config.model))
     with alone(run.root), TrainingDisplay(config.steps, config.batch) as display:
         states = complete_states(run.states)
@@ -116,6 +118,10 @@ class Training:
         reward, error = found["reward"], found["reward_se"] or 0
         self.display.say(f"step {step}  held-out reward {reward:.3f} ± {error:.3f}{gain}")
         return reward
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.display.say(text)
 
     def reset(self, step: int, reason: str) -> None:
         """Write down that the KL reference was reset."""

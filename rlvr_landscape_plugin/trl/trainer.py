@@ -12,6 +12,7 @@ step with a snapshot is ever trained twice.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 with warnings.catch_warnings():
@@ -36,6 +38,7 @@ with warnings.catch_warnings():
 from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.files import writing
 from rlvr_landscape_plugin.objectives import configure, group_advantages
+from rlvr_landscape_plugin.tracking import Guard, project_of, set_defaults
 from rlvr_landscape_plugin.trl.batch import TrainerBatch, batch_metrics, to_batch
 from rlvr_landscape_plugin.trl.logprobs import log_probability, mean_kl
 from rlvr_landscape_plugin.trl.optimizer import forget, make_optimizer
@@ -56,6 +59,10 @@ class Hooks(Protocol):
 
     def metrics(self, step: int, record: dict[str, float]) -> None:
         """A step is done; its metrics."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches."""
         ...
 
     def evaluate(self, step: int) -> float | None:
@@ -219,8 +226,8 @@ class LandscapeGRPOTrainer(GRPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's hook after every step: assemble the step's metrics, then evaluate if it is time."""
-        super().log(logs, start_time)
         if "grad_norm" not in logs:
+            super().log(logs, start_time)
             return
         monitor = self._monitor
         assert monitor is not None
@@ -238,8 +245,12 @@ class LandscapeGRPOTrainer(GRPOTrainer):
             "learning_rate": float(logs["learning_rate"]),
             "seconds": time.perf_counter() - self._clock,
         }
+        # TRL adds its own metrics, and hands all to `report_to`.
+        super().log(logs | record, start_time)
         self._hooks.metrics(step, record)
         held_out = self._hooks.evaluate(step)
+        if held_out is not None:
+            super().log({"eval_reward": held_out})
         if reason := self.reference.reset_due(step, held_out):
             self.reference.reset(self._policy)
             forget(self.optimizer)
@@ -323,12 +334,17 @@ def make_trainer(
         logging_strategy="steps",
         logging_steps=1,
         save_strategy="no",
-        report_to=[],
+        report_to=[] if config.log is None else [config.log],
+        run_name=config.output.resolve().name,
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=config.seed,
     )
-    return LandscapeGRPOTrainer(
+    if config.log is not None:
+        set_defaults()
+        # The callback of W&B reads its project from there, that of trackio from the arguments.
+        arguments.project = os.environ["WANDB_PROJECT"] = project_of(config.log, config.log_project)
+    trainer = LandscapeGRPOTrainer(
         config,
         base,
         server,
@@ -340,3 +356,18 @@ def make_trainer(
         processing_class=tokenizer,
         optimizers=(make_optimizer(model, config.optimizer), None),
     )
+    if config.log is not None:
+        _guard_reports(trainer, config.log, hooks.say)
+    return trainer
+
+
+def _guard_reports(trainer: LandscapeGRPOTrainer, service: str, say: Callable[[str], None]) -> None:
+    """Put a guard around the callback that `report_to` made: a failing service does not end the training."""
+    (kind,) = get_reporting_integration_callbacks([service])
+    (callback,) = [item for item in trainer.callback_handler.callbacks if isinstance(item, kind)]
+    trainer.remove_callback(callback)
+    guard, guarded = Guard(service, say), TrainerCallback()
+    for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
+        setattr(guarded, event, functools.partial(guard, getattr(callback, event)))
+    trainer.add_callback(guarded)
+    trainer.args.report_to = []  # TRL also sends its own timings, past all callbacks, to what is named here

@@ -21,6 +21,7 @@ from rlvr_landscape_plugin.config.sweep import (
 )
 from rlvr_landscape_plugin.config.train import (
     EvaluationConfig,
+    LoraConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ReferenceConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "FindRangeConfig",
     "GridConfig",
     "LaunchConfig",
+    "LoraConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PathConfig",

@@ -111,6 +111,22 @@ class OptimizerConfig(StrictConfig):
     """Optimizer updates (steps) from one batch of rollouts, each on its own share of the batch."""
 
 
+class LoraConfig(StrictConfig):
+    """Train a LoRA adapter (PEFT's) instead of the weights; snapshots are then adapters."""
+
+    rank: int = Field(default=16, ge=1, le=4096)
+    """r: A has so many rows, B so many columns."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's product B A is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale it by alpha / √rank instead."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Ends of the names of the adapted modules, such as `q_proj`; `all-linear`: every linear layer but the output
+    head."""
+    modules_to_save: list[str] = []
+    """Ends of the names of modules that are trained as a whole, beside the adapter."""
+
+
 class EvaluationConfig(StrictConfig):
     """Evaluation on held-out tasks: the same tasks and sampling seeds every time."""
 
@@ -163,6 +179,8 @@ class TrainConfig(StrictConfig):
     """What is maximised."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How."""
+    lora: LoraConfig | None = None
+    """Train an adapter; absent: all weights."""
     reference: ReferenceConfig | None = None
     """Resets of the KL reference (ProRL); absent: the reference is the policy at the start."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -199,6 +217,8 @@ class TrainConfig(StrictConfig):
                 "[reference] resets what the objective does not use: set objective.options.kl_coefficient above 0, or "
                 "leave the table out"
             )
+        if self.reference is not None and self.lora is not None:
+            raise ValueError("[reference] resets a whole policy and cannot be used with [lora]; leave one table out")
         if self.server.urls:
             raise ValueError("server.urls must be empty: training starts a server of its own, whose weights it changes")
         batch, updates = self.env.tasks_per_batch * self.env.rollouts, self.optimizer.updates_per_batch
@@ -255,6 +275,8 @@ class TrainConfig(StrictConfig):
         # Runs of before there was this option continue.
         if self.evaluation.first_task is None:
             del data["evaluation"]["first_task"]
+        if self.lora is None:
+            del data["lora"]
         if self.optimizer.decay != "none":
             data["steps"] = self.steps
         return data | {"server": {"dtype": self.server.dtype, "max_model_len": self.server.max_model_len}}

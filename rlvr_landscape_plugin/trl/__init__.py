@@ -14,6 +14,7 @@ the same objective:
     trainer.py        the GRPOTrainer with the objective of objectives.py, metrics per step
     logprobs.py       log-probabilities of sampled tokens, and KL divergences
     reference.py      the KL reference and its resets
+    lora.py           the adapter of [lora], by PEFT
     optimizer.py      Muon for matrices, AdamW for the rest, as one optimizer
 
 Inside this package `import trl` is the library; nothing here shadows it. Importing the package itself costs nothing.

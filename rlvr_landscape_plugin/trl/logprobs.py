@@ -30,6 +30,8 @@ def log_probability(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
     for large vocabularies: only sampled tokens pass the output head, rows pass the model a few at a time with the short
     ones together, and a prompt that several rows share passes once.
     """
+    if (inner := getattr(model, "get_base_model", None)) is not None:
+        model = inner()  # PEFT's wrapper has another idea of what a base model is; the adapter is inside
     columns = [inputs[name] for name in ("input_ids", "attention_mask", "mask")]
     order = _order(*columns)
     chunks = [_score(model, *(column[rows] for column in columns)) for rows in order.split(ROWS)]

@@ -28,10 +28,12 @@ from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import JsonObject, publish, replace_text, writing
 from rlvr_landscape_plugin.schedule import parse_schedule
-from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, Snapshot, snapshot_name, write_snapshot
+from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, Snapshot, open_snapshot, snapshot_name, write_snapshot
+from rlvr_landscape_plugin.snapshot.adapter import CONFIG
+from rlvr_landscape_plugin.trl.lora import keep_adapter
 from rlvr_landscape_plugin.trl.states import STATES_ARE_SAFE, remove_incomplete
 
-WEIGHT_FILES = {"model.safetensors.index.json", MANIFEST}
+WEIGHT_FILES = {"model.safetensors.index.json", CONFIG, MANIFEST}
 """Files beside *.safetensors that belong to a policy's weights, not to its configuration and tokenizer."""
 Save = Callable[[Path], object]
 """Writes a policy's weights into a directory."""
@@ -144,8 +146,14 @@ class RunDirectory:
                 leftover.unlink(missing_ok=True)
 
     def fill(self, save: Save, folder: Path) -> None:
-        """Put a policy into `folder`: weights from `save`, everything else byte for byte from the starting policy."""
+        """Put a policy into `folder`: weights from `save`, everything else byte for byte from the starting policy.
+
+        Of a LoRA run only the adapter: everything else is the starting policy's.
+        """
         save(folder)
+        if self.config.lora is not None:
+            keep_adapter(folder, self.config.model)
+            return
         for file in folder.iterdir():
             if file.suffix != ".safetensors" and file.name not in WEIGHT_FILES:
                 file.unlink()
@@ -170,7 +178,12 @@ class RunDirectory:
             objective=self.config.objective.model_dump(mode="json"),
             metrics=line | ({"evaluation": evaluation} if evaluation else {}),
         )
-        return write_snapshot(self.snapshots, manifest, lambda folder: self.fill(save, folder))
+        return write_snapshot(
+            self.snapshots,
+            manifest,
+            lambda folder: self.fill(save, folder),
+            lambda folder: open_snapshot(folder, self.base),
+        )
 
 
 @contextlib.contextmanager

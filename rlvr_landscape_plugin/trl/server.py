@@ -146,14 +146,15 @@ class PolicyServer:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             save(folder)
-        expected = open_snapshot(folder).sha256
-        self._wait(self._take(folder, expected))
+        snapshot = open_snapshot(folder, self._base)
+        self._wait(self._take(snapshot))
         self.held = step
 
-    async def _take(self, folder: Path, expected: str) -> None:
-        facts = await self._client.load(str(folder.resolve()), _NOTHING_MOVES.as_dict())
-        if facts["snapshot_sha256"] != expected:
-            raise ServerError(f"{self._client.url} read other weights from {folder} than were written there")
+    async def _take(self, snapshot: Snapshot) -> None:
+        base = "" if snapshot.base is None else str(snapshot.base.path)
+        facts = await self._client.load(str(snapshot.path), _NOTHING_MOVES.as_dict(), base=base)
+        if facts["snapshot_sha256"] != snapshot.sha256:
+            raise ServerError(f"{self._client.url} read other weights from {snapshot.path} than were written there")
         await self._client.move(0.0, 0.0)
 
     def roll(

@@ -45,6 +45,8 @@ def load_policy(base: Snapshot) -> PreTrainedModel:
 
     from rlvr_landscape_plugin.snapshot.architecture import check_architecture
 
+    if base.adapter is not None:
+        raise SnapshotError(f"{base.path} is an adapter; training starts from a whole model, with or without [lora]")
     # Otherwise weights that are missing would be drawn at random, with a warning only.
     if reason := check_architecture(base):
         raise SnapshotError(f"transformers cannot make a model from {base.path / 'config.json'}: {reason}")

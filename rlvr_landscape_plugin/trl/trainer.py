@@ -41,6 +41,7 @@ from rlvr_landscape_plugin.objectives import configure, group_advantages
 from rlvr_landscape_plugin.tracking import Guard, project_of, set_defaults
 from rlvr_landscape_plugin.trl.batch import TrainerBatch, batch_metrics, to_batch
 from rlvr_landscape_plugin.trl.logprobs import log_probability, mean_kl
+from rlvr_landscape_plugin.trl.lora import add_adapter
 from rlvr_landscape_plugin.trl.optimizer import forget, make_optimizer
 from rlvr_landscape_plugin.trl.reference import KLReference
 from rlvr_landscape_plugin.trl.server import PolicyServer, Practice
@@ -138,7 +139,9 @@ class LandscapeGRPOTrainer(GRPOTrainer):
 
     def save_policy(self, folder: Path) -> None:
         """Write the present weights with their config as a snapshot directory that a server can read."""
-        self._policy.save_pretrained(folder)
+        # PEFT would ask the Hub whether the vocabulary was extended.
+        options: dict[str, Any] = {} if self._run.lora is None else {"save_embedding_layers": False}
+        self._policy.save_pretrained(folder, **options)
 
     def _roll(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         rollouts, step = self._run.env.rollouts, self.state.global_step
@@ -309,6 +312,7 @@ def make_trainer(
     """
     from datasets import Dataset
 
+    trained: Any = model if config.lora is None else add_adapter(model, config.lora, config.seed)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is marked experimental; it is what we need
     logging.getLogger("trl").setLevel(logging.ERROR)
     updates = config.optimizer.updates_per_batch
@@ -350,11 +354,11 @@ def make_trainer(
         server,
         practice,
         hooks,
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [str(index) for index in range(len(practice.tasks))]}),
         processing_class=tokenizer,
-        optimizers=(make_optimizer(model, config.optimizer), None),
+        optimizers=(make_optimizer(trained, config.optimizer), None),
     )
     if config.log is not None:
         _guard_reports(trainer, config.log, hooks.say)

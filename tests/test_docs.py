@@ -34,7 +34,7 @@ KEYS = set(re.findall(r"^([a-z_]+(?:\.[a-z_]+)*):", SURFACE[SURFACE.index("## Ke
 TABLES = {key.split(".")[0] for key in KEYS if "." in key}
 FREE_TABLES = ("env.taskset", "evaluation.taskset", "objective.options", "cluster.parameters")
 """Tables whose keys belong to somebody else: a taskset, an objective, submitit."""
-OTHERS_OPTIONS = ("env.agent.", "client.", "env.id", "monitors.", "resume.")
+OTHERS_OPTIONS = ("env.agent.", "client.", "env.id", "monitors.", "resume.", "run.name")
 """Options of vf-eval, which the documents show beside ours."""
 
 

@@ -17,7 +17,7 @@ import xarray as xr
 
 from rlvr_landscape_analysis.designs import CensusPoints, census_points, list_designs, open_design
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.schema import TRAINED_ON, VERIFIER, paid_by
+from rlvr_landscape_analysis.schema import DIRECTION_KIND, TRAINED_ON, VERIFIER, paid_by
 from rlvr_landscape_analysis.statistics.boundary import boundary, boundary_change
 from rlvr_landscape_analysis.statistics.census import census
 from rlvr_landscape_analysis.statistics.path import path as path_statistics
@@ -46,6 +46,11 @@ class RunEvidence:
                 f"{self.name}: its datasets were paid by different rewards ({', '.join(sorted(modes))})"
             )
         return modes.pop() if modes else VERIFIER
+
+    @property
+    def restricted(self) -> str:
+        """The kind of the censuses' directions where these are a part of the weight space only; else empty."""
+        return next((str(d.attrs[DIRECTION_KIND]) for d in self.censuses.values() if DIRECTION_KIND in d.attrs), "")
 
     @property
     def trained_on(self) -> str:
@@ -154,6 +159,8 @@ def analyse_evidence(
                 f"{run.name}, census of step {step}: {points.all_directions - points.directions} directions and "
                 f"{points.all_prompts - points.prompts} prompts are missing somewhere and are left out."
             )
+        if run.restricted:
+            notes.append(f"{run.name}, census of step {step}: all its directions are of the kind {run.restricted!r}.")
         shortest = float(np.nanmin(points.displacement)) if np.isfinite(points.displacement).any() else np.nan
         if shortest > 1:
             notes.append(

@@ -226,6 +226,8 @@ PROMPTS_SHA256, PROGRESSIVE, SYNTHETIC = "prompts_sha256", "progressive", "synth
 were computed instead of measured, the name of the truth behind them."""
 DIRECTION_ATTRIBUTE = "direction_{axis}"
 """Attribute that says which direction an axis follows."""
+DIRECTION_KIND = "direction_kind"
+"""Attribute of a census whose directions are no random ones of the whole weight space: their kind."""
 REWARD_MODE = "reward_mode"
 """Option of a taskset's table `task`, and attribute of datasets whose rewards are a control."""
 PASS_THRESHOLD = "pass_threshold"

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rlvr_landscape_analysis.schema import DIRECTION_KIND
 
 from rlvr_landscape_plugin.config.designs import DRAWN_KINDS
 from rlvr_landscape_plugin.designs.design import Design, Point, Surroundings, drawn_attributes, drawn_identity
@@ -77,6 +78,7 @@ def census_designs(config: SweepConfig, around: Surroundings) -> list[Design]:
             label=f"step {snapshot.step}, census",
             attributes={
                 "directions": census.directions,
+                **({} if (kind := config.slice.alpha.kind) == "random" else {DIRECTION_KIND: kind}),
                 "radius_unit": census.unit,
                 "radius_unit_norm": unit,
                 "radius_unit_comment": said,

@@ -108,6 +108,16 @@ def test_t1_is_supported_where_training_made_the_correlation():
     assert "step 0" in claim.overturn
 
 
+def test_a_census_in_a_part_of_the_weight_space_decides_nothing_about_all_of_it():
+    run = run_of({0: 0.0, 10: -0.8}, pairs=16)
+    for data in run.censuses.values():
+        data.attrs["direction_kind"] = "lora"
+    for claim in (claim_t1([run], [], QUICK), claim_t2([run], QUICK)):
+        assert claim.verdict == NOT_MEASURABLE
+        assert "of the kind lora only, a part of the weight space" in claim.sentence
+    assert any("'lora'" in note for note in analyse_evidence(run, bootstrap=QUICK).notes)
+
+
 def test_an_untrained_policy_does_not_pass_t1():
     """The same correlation around step 0: nothing that training did."""
     same = claim_t1([run_of({0: -0.8, 10: -0.8, 40: -0.8})], [], QUICK)

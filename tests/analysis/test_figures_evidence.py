@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, figures, synthetic_designs
 from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence
+from rlvr_landscape_analysis.statistics.census import census as statistics_of
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
 
 
@@ -37,6 +38,23 @@ def test_the_frontier_draws_every_random_policy_and_every_position(found):
     assert drawn["ax"].get_xscale() == "log"
     assert "nat" in drawn["ax"].get_xlabel()
     assert figures.frontier(census)["paths"] == {}
+
+
+def test_two_censuses_of_one_snapshot_are_compared(found):
+    other = synthetic_designs.census(CensusTruth(correlation=-0.2, spread=0.03, kl=2.0), step=40, rollouts=8, seed=5)
+    two = {"inside": found.census[40], "outside": statistics_of(other)}
+    drawn = figures.compare_censuses(two)
+    for name, data in two.items():
+        for quantity in ("change", "kl"):
+            np.testing.assert_allclose(drawn["series"][name][quantity].get_ydata(), data[quantity])
+            dots = drawn["points"][name, quantity].get_offsets()[:, 1]
+            np.testing.assert_allclose(np.sort(dots), np.sort(data[f"point_{quantity}"].values.ravel()))
+    assert [text.get_text() for text in drawn["legend"].get_texts()] == ["inside", "outside"]
+    assert "nat" in drawn["axes"]["kl"].get_ylabel()
+    with pytest.raises(AnalysisError, match="give two"):
+        figures.compare_censuses({"inside": found.census[40]})
+    with pytest.raises(AnalysisError, match=r"of the steps \[10, 40\]"):
+        figures.compare_censuses({"a": found.census[10], "b": found.census[40]})
 
 
 def test_series_against_the_radius(found):

@@ -221,6 +221,7 @@ def test_the_radii_of_a_census_are_true_distances(tmp_path, kind, normalization)
         slice={"alpha": direction, "beta": direction, "normalization": normalization},
     )
     (design,) = census_designs(config, Surroundings(Trajectory.around(snapshot, None), tmp_path / "directions"))
+    assert design.attributes["direction_kind"] == kind
     moved = sum(
         np.sum((snapshot.read(name).astype(float) - snapshot.base.read(name).astype(float)) ** 2) for name in SHAPES
     )

@@ -35,6 +35,7 @@ from rlvr_landscape_plugin.prime_rl.adapter import (
 )
 from rlvr_landscape_plugin.prime_rl.lora import check_adapter
 from rlvr_landscape_plugin.snapshot import SHIPPED, open_snapshot
+from rlvr_landscape_plugin.snapshot import main as verify
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "train"
@@ -903,6 +904,19 @@ print(json.dumps({"bare": difference(bare), "adapter": difference(found), "merge
 """
 
 
+def logits_of(snapshot, records) -> np.ndarray:
+    """Logits from a snapshot's tensors minus those in `records`, which the trainer left."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(snapshot.model), dtype=torch.float32)
+    model.load_state_dict({name: torch.from_numpy(snapshot.read(name)) for name in snapshot.tensors}, strict=False)
+    model.tie_weights()
+    recorded = torch.load(records)
+    with torch.no_grad():
+        return (model(recorded["ids"]).logits - recorded["logits"]).numpy()
+
+
 @pytest.mark.prime_rl
 @pytest.mark.parametrize(("ranks", "alpha"), [(1, 8.0), (2, 7.0)])
 def test_adapter_snapshots_load_in_peft_and_give_the_trainers_logits(checkout, tmp_path, ranks, alpha):
@@ -948,6 +962,11 @@ def test_adapter_snapshots_load_in_peft_and_give_the_trainers_logits(checkout, t
     assert differences["bare"] > 0.05  # the adapter does something
     assert differences["adapter"] < 1e-4
     assert differences["merged"] < 1e-4
+    assert verify(["verify", str(tmp_path / "run")]) == 0
+    for path in (adapter, tmp_path / "run" / "broadcasts" / "step_1"):
+        snapshot = open_snapshot(path, POLICY)
+        assert snapshot.step == 1
+        assert np.abs(logits_of(snapshot, records)).max() < 1e-4, path
 
 
 PROPOSAL = ROOT / "docs" / "upstream" / "prime-rl-snapshot-hook.md"

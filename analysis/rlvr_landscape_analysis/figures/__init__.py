@@ -8,6 +8,7 @@ been drawn. Inputs are the parts of `RunAnalysis` (results.py); maps may also be
 """
 
 from rlvr_landscape_analysis.figures.animation import animate
+from rlvr_landscape_analysis.figures.censuses import compare_censuses
 from rlvr_landscape_analysis.figures.evidence import (
     correlation_by_radius,
     curvature_over_training,
@@ -40,6 +41,7 @@ __all__ = [
     "PAGE_INCHES",
     "STYLE",
     "animate",
+    "compare_censuses",
     "compare_runs",
     "controlled_over_training",
     "correlation_by_radius",

@@ -116,6 +116,12 @@ def together(verdicts: Sequence[str]) -> str:
     return SUPPORTED if all(verdict == SUPPORTED for verdict in verdicts) else UNDECIDED
 
 
+def _in_a_part(runs: Sequence[RunEvidence]) -> str:
+    """Why a claim about policies all around a checkpoint cannot be judged by these runs; empty if it can."""
+    kinds = sorted({run.restricted for run in runs} - {""})
+    return f"its census has directions of the kind {', '.join(kinds)} only, a part of the weight space" if kinds else ""
+
+
 def claim_t1(
     runs: Sequence[RunEvidence],
     controls: Sequence[RunEvidence],
@@ -123,7 +129,9 @@ def claim_t1(
     ranges: Mapping[tuple[int, int], xr.Dataset] | None = None,
 ) -> Claim:
     """T1 over the trained snapshots (step ≥ 1) at radii that training reaches, against step 0 or random rewards."""
-    censused = [run for run in runs if run.censuses]
+    censused = [run for run in runs if run.censuses and not run.restricted]
+    if not censused and (reason := _in_a_part(runs)):
+        return _not_measurable("T1", reason)
     if not censused:
         return _not_measurable("T1", f"it needs a census, which has many random directions. {published_words(ranges)}")
     if not any(step >= 1 for run in censused for step in run.points):
@@ -196,7 +204,9 @@ def claim_t2(
     runs: Sequence[RunEvidence], settings: Bootstrap, ranges: Mapping[tuple[int, int], xr.Dataset] | None = None
 ) -> Claim:
     """T2: the change of the correlation up to step 10 at the same relative radii, against the later change."""
-    censused = [run for run in runs if run.censuses]
+    censused = [run for run in runs if run.censuses and not run.restricted]
+    if not censused and (reason := _in_a_part(runs)):
+        return _not_measurable("T2", reason)
     if not censused:
         return _not_measurable("T2", f"it needs censuses of several steps. {published_words(ranges)}")
     usable, lacking = [], ""

@@ -20,6 +20,7 @@ import xarray as xr
 from rlvr_landscape_analysis.checksums import find_checksum
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.schema import (
+    BASE_FILE,
     ERROR,
     GRID,
     GRID_JOURNAL,
@@ -34,6 +35,8 @@ from rlvr_landscape_analysis.schema import (
     PROMPTS_SHA256,
     ROLLOUT,
     TRUNCATED,
+    number_of,
+    numbered_glob,
     paid_by,
 )
 
@@ -165,11 +168,29 @@ def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
 
 
 def _journal_points(folder: Path) -> int | None:
+    """Points that the last sweep asked for; one that grew has a request of its own."""
     try:
-        axes = json.loads((folder / JOURNAL_FILE).read_text())["axes"]
+        last = max(folder.glob(numbered_glob(JOURNAL_FILE)), key=number_of)
+        axes = json.loads(last.read_text())["axes"]
         return len(axes["alpha"]) * len(axes["beta"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def base_batch_of(folder: Path, prompts: int, completions: int) -> Path | None:
+    """The base batch in a journal that a dataset with so many tasks, and completions of each, was made from.
+
+    A sweep that grew has several, and a progressive sweep has more tasks in it than in the dataset. Raises
+    `AnalysisError` for a damaged one.
+    """
+    files = sorted(folder.glob(numbered_glob(BASE_FILE)), key=number_of)
+    for path in files if len(files) > 1 else ():
+        check_checksum(path)
+        with reading(path), xr.open_dataset(path, engine="netcdf4", decode_cf=False) as data:
+            tasks, own = data["base_reward"].shape
+        if tasks >= prompts and own == completions:
+            return path
+    return files[0] if len(files) == 1 else None
 
 
 def open_run(

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.datasets import RunFile, check_same_design, check_values, list_run, open_landscape, reading
+from rlvr_landscape_analysis.datasets import (
+    RunFile,
+    base_batch_of,
+    check_same_design,
+    check_values,
+    list_run,
+    open_landscape,
+    reading,
+)
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence, open_evidence
 from rlvr_landscape_analysis.grids import Grid, common_grids, grid_size
@@ -23,7 +31,7 @@ from rlvr_landscape_analysis.landscape import (
 )
 from rlvr_landscape_analysis.results import RunAnalysis
 from rlvr_landscape_analysis.schema import (
-    BASE_FILE,
+    BASE_ROLLOUT,
     DIRECTION_ATTRIBUTE,
     GRID,
     PROGRESSIVE,
@@ -142,6 +150,7 @@ def _analyse(
     with open_landscape(file.path) as data, reading(file.path):
         check_values(data, str(file.path))
         part.prompts, part.rollouts = data.sizes["prompt"], data.sizes["rollout"]
+        completions = data.sizes.get(BASE_ROLLOUT, part.rollouts)
         reduced = per_prompt(data, threshold=threshold).load()
     for axis in GRID:
         words = str(data.attrs.get(DIRECTION_ATTRIBUTE.format(axis=axis), "random"))
@@ -174,8 +183,9 @@ def _analyse(
     )
     part.profile = _profile(reduced)
     part.origin = reduced[["reward", "kl_k1", "rollouts", "successes"]].sel(alpha=[0.0], beta=[0.0])
-    base = file.path.parent / grid_name(file.step, file.slice_seed) / BASE_FILE
-    part.surprisal = token_surprisal(base) if base.is_file() else None
+    folder = file.path.parent / grid_name(file.step, file.slice_seed)
+    base = base_batch_of(folder, part.prompts, completions)
+    part.surprisal = None if base is None else token_surprisal(base)
     return part
 
 

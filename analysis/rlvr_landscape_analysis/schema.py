@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -249,6 +250,18 @@ def numbered(name: str, number: int) -> str:
     """The file of the number-th request to a journal, from 1: `base.nc`, then `base_2.nc`, `base_3.nc`, …"""
     stem, dot, ending = name.partition(".")
     return name if number == 1 else f"{stem}_{number}{dot}{ending}"
+
+
+def numbered_glob(name: str) -> str:
+    """A glob for the files of that name of all requests."""
+    stem, dot, ending = name.partition(".")
+    return f"{stem}*{dot}{ending}"
+
+
+def number_of(path: Path) -> int:
+    """The inverse of `numbered`."""
+    digits = path.stem.rpartition("_")[2]
+    return int(digits) if digits.isdecimal() else 1
 
 
 def reward_mode(taskset: Mapping[str, Any]) -> str:

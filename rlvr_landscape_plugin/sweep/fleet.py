@@ -108,13 +108,14 @@ class Fleet:
             yield servers
 
 
-def mixed_versions(servers: Sequence[Server]) -> str | None:
-    """A warning if the servers run different vLLM releases; None if they do not."""
-    found = sorted({str(server.facts["vllm"]) for server in servers if server.facts})
+def mixed_versions(servers: Sequence[Server], earlier: Sequence[JsonObject] = ()) -> str | None:
+    """A warning if the servers, or those that measured earlier by their facts, run different vLLM releases."""
+    found = sorted({str(facts["vllm"]) for facts in (*(s.facts for s in servers), *earlier) if "vllm" in facts})
     if len(found) < 2:
         return None
+    what = "the servers run" if not earlier else "the servers and those that measured here before run"
     return (
-        f"the servers run different releases of vLLM ({', '.join(found)}): a seed gives other tokens there, so points "
+        f"{what} different releases of vLLM ({', '.join(found)}): a seed gives other tokens there, so points "
         "of different servers do not share their sampling noise; start all with the same release"
     )
 

@@ -26,7 +26,7 @@ from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
-from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, with_server_logs
+from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, mixed_versions, with_server_logs
 from rlvr_landscape_plugin.sweep.growth import probes_identity, snapshot_identity
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
 from rlvr_landscape_plugin.sweep.plan import Plan, make_plans
@@ -198,6 +198,8 @@ class Sweep:
         """Measure this process's share of a plan and check that the weights came back to where they were."""
         for server in pool.servers:
             server.points, server.origin = 0, None
+        if (earlier := plan.journal.all_facts()) and (warning := mixed_versions(pool.servers, earlier)):
+            self.display.say(warning)
         base = BaseBatchOnce(plan.journal, self.display)
         with with_server_logs(pool.servers):
             indices = sorted({plan.design.by_place[portion.place].slice for portion in plan.missing()}) or [0]

@@ -287,6 +287,108 @@ def test_a_found_range_is_found_again_by_a_sweep_that_grows(grow, fake_server, t
     assert (tmp_path / "out" / "range_step000000.json").read_bytes() == record
 
 
+ENV = """
+[env]
+id = "tiny-quiz"
+taskset = {{ count = 64 }}
+num_prompts = {prompts}
+rollouts = {rollouts}
+{more}
+[sampling]
+max_tokens = 6
+"""
+
+
+def config_of(snapshot: Path, design: str, table: str, prompts: int = 3, rollouts: int = 2, more: str = "") -> str:
+    return f'snapshots = ["{snapshot}"]\ndesign = "{design}"\n{table}' + ENV.format(
+        prompts=prompts, rollouts=rollouts, more=more
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> dict[int, Path]:
+    """A training run of four snapshots."""
+    return make_run(tmp_path_factory.mktemp("run"), {0: 0.0, 1: 0.01, 2: 0.03, 4: 0.04})
+
+
+def designs_grow(sweep_here, server, tmp_path: Path, name: str, *configs: str) -> None:
+    """Each configuration grows the one before, in one directory; the last one is also measured at once."""
+    old = None
+    for output, chain in (("out", configs), ("at once", configs[-1:])):
+        for config in chain:
+            code, said = sweep_here(server, config=config, output=tmp_path / output)
+            assert code == 0, said
+            data = opened(tmp_path / output, name)
+            if old is not None and output == "out":
+                assert_contains(data, old)
+            old = data
+    assert_equal(opened(tmp_path / "out", name), opened(tmp_path / "at once", name))
+
+
+def test_a_census_grows_in_directions_and_radii(run, sweep_here, fake_server, tmp_path):
+    tables = ["pairs = 2\nradii = [0.5, 2.0]", "pairs = 3\nradii = [0.5, 2.0]", "pairs = 5\nradii = [0.5, 1.0, 2.0]"]
+    configs = [config_of(run[4], "census", f"[census]\n{table}\n") for table in tables]
+    designs_grow(sweep_here, fake_server, tmp_path, "census_step000004.nc", *configs)
+
+
+def path_table(kinds: list[str], positions: list[float]) -> str:
+    directions = ", ".join(f'{{ kind = "{kind}" }}' for kind in kinds)
+    return f"[path]\ndirections = [{directions}]\npositions = {positions}\n"
+
+
+def test_paths_grow_in_positions_and_in_directions_that_come_later(run, sweep_here, fake_server, tmp_path):
+    few, many = [-0.5, 0.0], [-1.0, -0.5, 0.0, 0.25]
+    tables = [(["displacement"], few), (["displacement", "random"], few), (["displacement", "random", "update"], many)]
+    configs = [config_of(run[1], "path", path_table(*table)) for table in tables]
+    designs_grow(sweep_here, fake_server, tmp_path, "path_step000001.nc", *configs)
+
+
+def test_a_random_path_that_would_become_another_one_is_refused(run, sweep_here, fake_server, tmp_path):
+    """Its noise depends on its place in the list, and its name does not say so."""
+    assert sweep_here(fake_server, config=config_of(run[1], "path", path_table(["random"], [0.0, 0.5])))[0] == 0
+    more = config_of(run[1], "path", path_table(["displacement", "random"], [0.0, 0.5]))
+    code, said = sweep_here(fake_server, config=more)
+    assert code == 2
+    assert "holds other policies under the same coordinates (path = random, position = 0.5)" in said
+
+
+def test_a_boundary_grows_in_tasks_and_rollouts(run, sweep_here, fake_server, tmp_path):
+    sizes = [(3, 4), (5, 4), (5, 9)]
+    configs = [config_of(run[4], "boundary", "", prompts=p, more=f"base_rollouts = {own}") for p, own in sizes]
+    designs_grow(sweep_here, fake_server, tmp_path, "boundary_step000004.nc", *configs)
+
+
+def test_a_lost_first_request_is_written_again_from_a_later_one(grow, fake_server, tmp_path):
+    grow(fake_server, *amounts(3, 3, 2))
+    data = grow(fake_server, *amounts(5, 3, 3))
+    request = tmp_path / "out" / NAME / "journal.json"
+    before = json.loads(request.read_text())
+    request.unlink()
+    (tmp_path / "out" / f"landscape_{NAME}.nc").unlink()
+    asked = sum(fake_server.asked.values())
+    assert_equal(grow(fake_server, *amounts(5, 3, 3)), data, set())
+    assert sum(fake_server.asked.values()) == asked
+    assert json.loads(request.read_text()) == before
+
+
+def test_the_analysis_reads_the_base_batch_that_belongs_to_the_dataset(grow, fake_server, tmp_path):
+    from rlvr_landscape_analysis.datasets import base_batch_of
+
+    grow(fake_server, *amounts(3, 3, 2))
+    journal = tmp_path / "out" / NAME
+    assert base_batch_of(journal, 3, 2) == journal / "base.nc"
+    grow(fake_server, *amounts(3, 4, 3))
+    assert base_batch_of(journal, 4, 3) == journal / "base_2.nc"
+
+
+def test_another_release_of_the_server_is_reported(grow, sweep_here, fake_server):
+    grow(fake_server, *amounts(3, 3, 2))
+    with FakeServer(vllm="another release") as other:
+        code, said = sweep_here(other, *amounts(3, 3, 3), config=QUIZ)
+    assert code == 0
+    assert "those that measured here before run different releases of vLLM (another release, none" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("files", [1, 2, 5, 9, 14])
 def test_a_sweep_that_is_killed_while_it_grows_goes_on(grow, sweep_command, fake_server, tmp_path, files):

@@ -138,10 +138,21 @@ def check_landscape(data: xr.Dataset, where: str = "the dataset") -> None:
 
 
 def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
-    """The finished datasets of a run directory by step and slice, and a line for each unfinished journal.
+    """The finished grids of a run directory by step and slice, and a line for each unfinished journal.
 
-    Raises `AnalysisError` when nothing is finished.
+    Raises `AnalysisError` when none is finished.
     """
+    files, unfinished = list_grids(path)
+    if not files:
+        detail = f" Unfinished: {'; '.join(unfinished)}." if unfinished else ""
+        raise AnalysisError(
+            f"{path} holds no finished landscape_step*_slice*.nc.{detail} Run the sweep's command again to finish it."
+        )
+    return files, unfinished
+
+
+def list_grids(path: str | Path) -> tuple[list[RunFile], list[str]]:
+    """As `list_run`, also where no grid is finished. Raises `AnalysisError` where `path` is no directory."""
     root = Path(path)
     if not root.is_dir():
         raise AnalysisError(f"{root} is not a directory; give the output directory of a sweep")
@@ -159,11 +170,6 @@ def list_run(path: str | Path) -> tuple[list[RunFile], list[str]]:
         total = _journal_points(folder)
         of = f" of {total}" if total else ""
         unfinished.append(f"step {int(match[1])}, slice {int(match[2])}: {done}{of} points measured")
-    if not files:
-        detail = f" Unfinished: {'; '.join(unfinished)}." if unfinished else ""
-        raise AnalysisError(
-            f"{root} holds no finished landscape_step*_slice*.nc.{detail} Run the sweep's command again to finish it."
-        )
     return sorted(files, key=lambda file: (file.step, file.slice_seed)), unfinished
 
 

@@ -6,6 +6,8 @@ a meaning. A *boundary* holds the checkpoint itself with many rollouts. docs/dat
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,16 @@ import xarray as xr
 
 from rlvr_landscape_analysis.datasets import check_checksum, reading
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.schema import BASE_ROLLOUT, ERROR, PROMPT, ROLLOUT, SOLVED
+from rlvr_landscape_analysis.schema import (
+    BASE_FILE,
+    BASE_ROLLOUT,
+    ERROR,
+    JOURNAL_FILE,
+    POINTS_FOLDER,
+    PROMPT,
+    ROLLOUT,
+    SOLVED,
+)
 
 POINT_DIMS = {"census": ("direction", "sign", "radius"), "path": ("path", "position"), "boundary": ()}
 """Dimensions of a point, by design."""
@@ -26,6 +37,8 @@ NEEDED = {
     "boundary": ("base_reward",),
 }
 DESIGN_FILE = re.compile(r"(census|path|boundary)_step(\d+)\.nc$")
+DESIGN_JOURNAL = re.compile(r"step(\d+)_(census|path|boundary)")
+_CENSUS_POINT = re.compile(r"d(\d+)_s(\d+)_r(\d+)\.nc")
 _ROLLOUTS = (ROLLOUT, BASE_ROLLOUT, "rollout_base")
 
 
@@ -76,6 +89,77 @@ def list_designs(path: str | Path) -> dict[str, dict[int, Path]]:
         if match := DESIGN_FILE.fullmatch(file.name):
             found[match[1]][int(match[2])] = file
     return found
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A census, path or boundary whose journal is there and whose dataset is not."""
+
+    folder: Path
+    design: str
+    step: int
+    done: int
+    """Points measured so far."""
+    total: int
+    """Points in all; 0 where the journal does not say."""
+
+    def __str__(self) -> str:
+        if self.design == "boundary":
+            return f"step {self.step}, boundary: not finished"
+        of = f" of {self.total}" if self.total else ""
+        return f"step {self.step}, {self.design}: {self.done}{of} points measured"
+
+
+def list_unfinished(path: str | Path) -> list[Unfinished]:
+    """The censuses, paths and boundaries of a directory that are being measured, or were interrupted."""
+    root = Path(path)
+    finished = list_designs(root)
+    found = []
+    for folder in sorted(root.iterdir()):
+        match = DESIGN_JOURNAL.fullmatch(folder.name)
+        if match and (folder / JOURNAL_FILE).is_file() and int(match[1]) not in finished[match[2]]:
+            try:
+                total = math.prod(map(len, json.loads((folder / JOURNAL_FILE).read_text())["axes"].values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                total = 0
+            done = len(list((folder / POINTS_FOLDER).glob("[!.]*.nc")))
+            found.append(Unfinished(folder, match[2], int(match[1]), done, total if match[2] != "boundary" else 0))
+    return found
+
+
+def partial_census(found: Unfinished) -> xr.Dataset | None:
+    """An unfinished census as far as it is measured, missing elsewhere; None where nothing can be said yet.
+
+    Its directions have no seeds and its radii no unit but ‖θ‖: the dataset, which has them, is written at the end.
+    """
+    try:
+        journal = json.loads((found.folder / JOURNAL_FILE).read_text())
+        axes = {name: np.asarray(journal["axes"][name]) for name in POINT_DIMS["census"]}
+        with xr.open_dataset(found.folder / BASE_FILE, engine="netcdf4") as base:
+            data = base[[name for name in ("base_reward", "base_status") if name in base]].load()
+        shape, unit = tuple(map(len, axes.values())), journal["configuration"]["census"]["unit"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    values: dict[str, np.ndarray] = {}
+    dims: dict[str, tuple] = {}
+    for file in sorted((found.folder / POINTS_FOLDER).glob("[!.]*.nc")):
+        match = _CENSUS_POINT.fullmatch(file.name)
+        if match is None:
+            continue
+        with reading(file), xr.open_dataset(file, engine="netcdf4") as point:
+            for name in ("reward", "kl_k1", "surrogate", "realised_step"):
+                if name in point:
+                    own = point[name].values.astype(np.float64)
+                    dims[name] = (*axes, *point[name].dims)
+                    values.setdefault(name, np.full((*shape, *own.shape), np.nan))[tuple(map(int, match.groups()))] = (
+                        own
+                    )
+    if not {"reward", "kl_k1"} <= set(values):
+        return None
+    data = data.assign({name: (dims[name], array) for name, array in values.items()}).assign_coords(axes)
+    data = data.assign_coords(step=found.step, radius=np.asarray(axes["radius"], float))
+    attrs = {"design": "census", "radius_unit": unit, "prompts_sha256": journal.get("prompts_sha256", "")}
+    return data.assign_attrs(attrs)
 
 
 def prompt_values(values: xr.DataArray, dims: Sequence[str]) -> np.ndarray:

@@ -11,13 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.designs import CensusPoints, census_points, list_designs, open_design
+from rlvr_landscape_analysis.designs import (
+    CensusPoints,
+    Unfinished,
+    census_points,
+    list_designs,
+    list_unfinished,
+    open_design,
+    partial_census,
+)
 from rlvr_landscape_analysis.errors import AnalysisError
-from rlvr_landscape_analysis.schema import DIRECTION_KIND, TRAINED_ON, VERIFIER, paid_by
+from rlvr_landscape_analysis.schema import DIRECTION_KIND, TRAINED_ON, VERIFIER, design_file, paid_by
 from rlvr_landscape_analysis.statistics.boundary import boundary, boundary_change
 from rlvr_landscape_analysis.statistics.census import census
 from rlvr_landscape_analysis.statistics.path import path as path_statistics
@@ -33,6 +42,8 @@ class RunEvidence:
     censuses: dict[int, xr.Dataset] = field(default_factory=dict)
     paths: dict[int, xr.Dataset] = field(default_factory=dict)
     boundaries: dict[int, xr.Dataset] = field(default_factory=dict)
+    unfinished: list[Unfinished] = field(default_factory=list)
+    """What is being measured, or was interrupted; no claim rests on it."""
 
     @property
     def reward_mode(self) -> str:
@@ -79,8 +90,18 @@ class RunEvidence:
         found = census_points([self.censuses[step] for step in steps], run=self.name, names=labels)
         return dict(zip(steps, found, strict=True))
 
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """File of each dataset → its attributes."""
+        groups = {"census": self.censuses, "path": self.paths, "boundary": self.boundaries}
+        return {
+            design_file(step, design): dict(data.attrs)
+            for design, group in groups.items()
+            for step, data in group.items()
+        }
+
     def __bool__(self) -> bool:
-        return bool(self.censuses or self.paths or self.boundaries)
+        return bool(self.censuses or self.paths or self.boundaries or self.unfinished)
 
 
 def open_evidence(*paths: str | Path, steps: set[int] | None = None, name: str = "") -> RunEvidence:
@@ -108,6 +129,7 @@ def open_evidence(*paths: str | Path, steps: set[int] | None = None, name: str =
                         measured = int(data["step"])
                         raise AnalysisError(f"{file}: it was measured at step {measured}, its name says {step}")
                     groups[design][step] = data.load()
+        run.unfinished += [one for one in list_unfinished(root) if steps is None or one.step in steps]
     return run
 
 
@@ -167,6 +189,17 @@ def analyse_evidence(
                 f"{run.name}, census of step {step}: its nearest policy lies {shortest:.3g} displacements of the run "
                 "away, further than training went."
             )
+    for one in run.unfinished:
+        found = partial_census(one) if one.design == "census" and one.step not in censuses else None
+        used = ""
+        if found is not None:
+            try:
+                (points,) = census_points([found], run=run.name, names=[f"{run.name}, census of step {one.step}"])
+                censuses[one.step] = census(points, confidence=confidence, fdr=fdr, seed=settings.seed)
+                used = f" The figures show its {points.directions} directions that are whole; no claim rests on them."
+            except AnalysisError:
+                used = " None of its directions is whole."
+        notes.append(f"Unfinished: {one}.{used}")
     paths = {}
     for step, data in sorted(run.paths.items()):
         around = run.points.get(step)
@@ -190,4 +223,4 @@ def analyse_evidence(
         for step in sorted(run.boundaries)
         if step != first
     }
-    return EvidenceAnalysis(run.name, censuses, paths, boundaries, changes, notes)
+    return EvidenceAnalysis(run.name, dict(sorted(censuses.items())), paths, boundaries, changes, notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
@@ -131,5 +131,7 @@ class RunAnalysis:
     """(step, slice_seed) → the plain correlation at several ranges of the slice: see `ranges.plain_by_range`."""
     evidence: EvidenceAnalysis | None = None
     """Statistics of the censuses, paths and boundaries beside the slices; None where there are none."""
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """File of every census, path and boundary → its attributes (provenance)."""
     notes: list[str] = field(default_factory=list)
     """What a reader must know: unfinished journals, points or prompts left out, quantities that are not defined."""

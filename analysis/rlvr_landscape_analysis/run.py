@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rlvr_landscape_analysis.datasets import (
     base_batch_of,
     check_same_design,
     check_values,
+    list_grids,
     list_run,
     open_landscape,
     reading,
@@ -83,7 +84,9 @@ def analyse_run(
     say so and what was done.
     """
     settings = bootstrap or Bootstrap()
-    files, unfinished = list_run(path)
+    files, unfinished = list_grids(path)
+    if not files:
+        return _without_grid(Path(path), settings, steps, threshold, level, unfinished)
     if steps is not None:
         wanted = set(steps)
         absent = sorted(wanted - {file.step for file in files})
@@ -108,6 +111,44 @@ def analyse_run(
             progress(f"step {file.step}, slice {file.slice_seed}")
         parts.append(_analyse(file, grid, settings, threshold, level, notes))
     return _combine(Path(path), parts, beside, settings, threshold, level, notes)
+
+
+def _without_grid(
+    path: Path,
+    settings: Bootstrap,
+    steps: Iterable[int] | None,
+    threshold: float | None,
+    fdr: float,
+    unfinished: Sequence[str],
+) -> RunAnalysis:
+    """What censuses, paths and boundaries say where no grid is finished; raises `AnalysisError` where nothing is."""
+    wanted = None if steps is None else set(steps)
+    beside = open_evidence(path, steps=wanted)
+    if not beside and not unfinished:
+        if wanted is None:
+            list_run(path)  # says what is missing
+        raise AnalysisError(f"{path} holds nothing finished of step {', '.join(map(str, sorted(wanted or ())))}")
+    notes = [f"Unfinished and left out: {line}." for line in unfinished]
+    evidence = analyse_evidence(beside, bootstrap=settings, threshold=threshold, fdr=fdr)
+    empty = xr.Dataset()
+    return RunAnalysis(
+        path=path,
+        bootstrap=settings,
+        k=1,
+        maps={},
+        correlations=empty,
+        improvement=empty,
+        curvature=empty,
+        profiles={},
+        training=empty,
+        over_training=empty,
+        diagnostics={},
+        slices=None,
+        claims=all_claims([beside], settings=settings, threshold=threshold, analyses=[evidence]),
+        evidence=evidence,
+        sources=beside.sources,
+        notes=[*notes, *evidence.notes],
+    )
 
 
 def _design(file: RunFile) -> xr.Dataset:
@@ -288,6 +329,7 @@ def _combine(
         claims=claims,
         ranges=ranges,
         evidence=evidence,
+        sources=beside.sources,
         notes=notes,
     )
 

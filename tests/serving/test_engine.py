@@ -403,6 +403,8 @@ class Trip:
     path: str
     change: Callable[[Any], None] | None = None
     memory: str = "auto"
+    earlier: bool = False
+    """Whether another slice of the snapshot was loaded, and moved along, before."""
 
 
 def travel(trip: Trip, rank: int, ranks: int) -> dict[str, Any]:
@@ -419,6 +421,10 @@ def travel(trip: Trip, rank: int, ranks: int) -> dict[str, Any]:
     engine = LandscapeEngine(SimpleNamespace(backend="landscape"), config, torch.device("cpu"), model)  # type: ignore
     with set_current_vllm_config(config):
         request = {"snapshot": str(trip.snapshot), "slice": {"seed": 0}}
+        if trip.earlier:
+            before = request | {"slice": {"seed": 9}}
+            reported(lambda place: engine.init_transfer_engine(LoadRequest(place, **before)), rank)
+            reported(lambda place: engine.receive_weights(MoveRequest(0.1, -0.3, place)), rank)
         loaded = reported(lambda place: engine.init_transfer_engine(LoadRequest(place, **request)), rank)
         held, moves, products = [checksums(model)], [], []
         for alpha, beta in POINTS:
@@ -469,7 +475,7 @@ def run_ranks(ranks: int, folder: Path, trips: dict[str, Trip]) -> list[dict[str
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -544,6 +550,7 @@ def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
     }
     trips |= {f"{name}-regenerated": Trip(*case, "kernel", memory="regenerated") for name, case in cases.items()}
     trips |= {f"bent-{path}": Trip(untied, "float32", path, bend) for path in ("kernel", "loader")}
+    trips |= {"later slice": Trip(untied, "float32", "kernel", earlier=True)}
     (results,) = run_ranks(1, tmp_path, trips)
     for name, (snapshot, dtype) in cases.items():
         for memory, held_as in (("float32", "float32"), ("half", "bfloat16")):
@@ -565,6 +572,12 @@ def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
     assert "its weights differ from the loader's" in bent["loaded"]["move_path_reason"]
     assert bent["held"] == straight["held"], "fallen back, and the trial left no trace"
     assert not any(bent["products"])
+    later, alone = results["later slice"], results["untied-float32-kernel"]
+    assert later["held"][1:] == alone["held"][1:]
+    assert [move["changed"] for move in later["moves"]] == [move["changed"] for move in alone["moves"]]
+    assert "trial of an earlier slice" in later["loaded"]["move_path_reason"]
+    assert "trial" not in later["loaded"]["seconds_of"]
+    assert set(alone["loaded"]["seconds_of"]) == {"read", "draw", "trial"}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The report's figures of censuses, paths and boundaries; none where a run has no such dataset."""
+"""The report's figures of censuses, paths and boundaries beside the frontier; none where a run has no such dataset."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ def evidence_recipes(analysis: RunAnalysis) -> list[Recipe]:
     level = f"{analysis.bootstrap.level:.0%}"
     recipes = []
     if found.census:
-        last = max(found.census)
-        ways = found.path.get(last)
         recipes += [
-            Recipe(
-                "frontier",
-                f"Reward and KL of random directions{' and of paths' if ways is not None else ''}, step {last}",
-                "Each point is a random policy. Grey line and band: their mean at each radius. Hollow marks: towards "
-                f"step 0; numbers: position in units of the path's vector. {level} intervals.",
-                lambda: drawing.frontier(found.census[last], ways),
-            ),
             Recipe(
                 "correlation_by_radius",
                 "Correlation of KL and reward over random directions",

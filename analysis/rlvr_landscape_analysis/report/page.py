@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -28,7 +29,7 @@ from rlvr_landscape_analysis.report.pictures import Pictures, landscape_name
 from rlvr_landscape_analysis.report.recipes import recipes
 from rlvr_landscape_analysis.report.table import NOT_DEFINED, Table
 from rlvr_landscape_analysis.report.tables import COLUMN_TERMS, all_tables
-from rlvr_landscape_analysis.results import UNDECIDED, VERDICTS, Claim, RunAnalysis
+from rlvr_landscape_analysis.results import NOT_MEASURABLE, UNDECIDED, VERDICTS, Claim, RunAnalysis
 from rlvr_landscape_analysis.schema import PROMPTS_SHA256, SYNTHETIC, VERIFIER, landscape_file, paid_by
 from rlvr_landscape_analysis.statistics.wording import sampled
 
@@ -59,6 +60,7 @@ def write_report(
     tables = all_tables(analysis)
     written = write_tables(tables, folder / "tables")
     drawn.draw_landscapes()
+    drawn.draw_leading()
     drawn.draw_recipes([*evidence_recipes(analysis), *recipes(analysis)])
     if animation:
         drawn.animate()
@@ -89,7 +91,14 @@ def page(analysis: RunAnalysis, drawn: Pictures, tables: Sequence[Table], now: d
         controls=sorted({paid_by(m.attrs) for m in analysis.maps.values()} - {VERIFIER}),
         notes=analysis.notes,
         claims=[
-            {"claim": claim, "badge": BADGES[claim.verdict], "facts": claim_facts(claim)} for claim in analysis.claims
+            {
+                "claim": claim,
+                "badge": BADGES[claim.verdict],
+                "facts": claim_facts(claim),
+                "first": first_sentence(claim.sentence),
+                "measured": claim.verdict != NOT_MEASURABLE,
+            }
+            for claim in analysis.claims
         ],
         drawn=drawn,
         landscape_name=landscape_name,
@@ -131,8 +140,9 @@ def json_block(data: Any) -> str:
 def summary(analysis: RunAnalysis) -> str:
     """The run in one line."""
     keys = sorted(analysis.maps)
+    beside = _beside(analysis)
     if not keys:
-        return "The analysis holds no landscape."
+        return beside or "Nothing is finished yet."
     steps, slices = {step for step, _ in keys}, {seed for _, seed in keys}
     grids = sorted({f"{m.sizes['alpha']} × {m.sizes['beta']}" for m in analysis.maps.values()})
     parts = [
@@ -144,7 +154,24 @@ def summary(analysis: RunAnalysis) -> str:
     attrs = analysis.maps[keys[0]].attrs
     if "prompts" in attrs and "rollouts" in attrs:
         parts.append(f"{attrs['prompts']} prompts × {attrs['rollouts']} rollouts at every point")
-    return ", ".join(filter(None, parts)) + "."
+    return ", ".join(filter(None, parts)) + f". {beside}".rstrip()
+
+
+def _beside(analysis: RunAnalysis) -> str:
+    """The censuses, paths and boundaries in one sentence."""
+    found = analysis.evidence
+    groups = {"census": found.census, "paths": found.path, "boundary": found.boundary} if found is not None else {}
+    words = [
+        f"{name} of step{'s' * (len(group) > 1)} {', '.join(map(str, sorted(group)))}"
+        for name, group in groups.items()
+        if group
+    ]
+    return (words[0][0].upper() + "; ".join(words)[1:] + ".") if words else ""
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a claim: a full stop before a capital ends it."""
+    return re.split(r"(?<=\.)\s+(?=[A-Z(])", text, maxsplit=1)[0]
 
 
 def claim_facts(claim: Claim) -> list[tuple[str, str]]:
@@ -195,16 +222,18 @@ def _settings(analysis: RunAnalysis) -> dict[str, str]:
         "run": str(analysis.path),
         "bootstrap": f"{settings.resamples} resamples of the prompts, seed {settings.seed}, intervals at "
         f"{settings.level:.0%}",
-        "k of pass@k": str(analysis.k),
+        **({"k of pass@k": str(analysis.k)} if analysis.maps else {}),
     }
 
 
 def provenance(analysis: RunAnalysis) -> list[tuple[str, str, dict[str, str]]]:
     """Title, file and attributes of every dataset, as text; first, without a file, what is the same in all of them."""
-    texts = {
-        key: {name: _attribute(value) for name, value in values.attrs.items()}
+    sources = {
+        (f"Step {key[0]}, slice {key[1]}", landscape_file(*key)): values.attrs
         for key, values in sorted(analysis.maps.items())
     }
+    sources |= {("", file): attrs for file, attrs in sorted(analysis.sources.items())}
+    texts = {key: {name: _attribute(value) for name, value in attrs.items()} for key, attrs in sources.items()}
     names = sorted({name for attrs in texts.values() for name in attrs}, key=_attribute_order)
     every = list(texts.values())
     common = {name: every[0][name] for name in names if len({attrs.get(name) for attrs in every}) == 1}
@@ -214,7 +243,7 @@ def provenance(analysis: RunAnalysis) -> list[tuple[str, str, dict[str, str]]]:
     for key, attrs in texts.items():
         own = {name: attrs[name] for name in names if name in attrs and name not in common}
         if own:
-            parts.append((f"Step {key[0]}, slice {key[1]}", landscape_file(*key), own))
+            parts.append((*key, own))
     return parts
 
 

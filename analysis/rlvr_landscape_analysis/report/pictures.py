@@ -75,6 +75,23 @@ class Image:
         return self.size[0] > 1.5 * drawing.COLUMN_INCHES * INLINE_DPI
 
 
+LANDSCAPE_WORDS = (
+    "Colour: mean reward. Lines: KL in nat. Cross: the checkpoint. Dots: points whose reward does not differ from the "
+    "checkpoint's by two standard errors."
+)
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The figure that opens the page, with values under the pointer."""
+
+    name: str
+    """Of its data and its files."""
+    title: str
+    caption: str
+    image: Image
+
+
 @dataclass
 class Pictures:
     """What has been drawn of an analysis into `folder`."""
@@ -87,6 +104,8 @@ class Pictures:
     charts: list[tuple[Recipe, Image]] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     """Title of what could not be drawn, and why."""
+    leading: Leading | None = None
+    """The figure that opens the page; drawn nowhere else."""
     movies: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     """Landscape → `hover_data`, of those that the page shows."""
@@ -113,6 +132,34 @@ class Pictures:
                 continue
             figure = drawn["figure"] if "figure" in drawn else figure_of(drawn["ax"])
             self.charts.append((recipe, self._save(figure, recipe.name, recipe.inline)))
+
+    def draw_leading(self) -> None:
+        """The one large figure that opens the page: the frontier of the last census, else the last landscape."""
+        found = self.analysis.evidence
+        if found is not None and found.census:
+            step = max(found.census)
+            self.progress(f"frontier of step {step}")
+            census, paths = found.census[step], found.path.get(step)
+            figure, ax = drawing.new_figure(width=drawing.PAGE_INCHES, aspect=0.5)
+            out = drawing.frontier(census, paths, ax=ax)
+            if out["message"] is None:
+                image = self._save(figure, "frontier")
+                self.data["frontier"] = frontier_data(census, paths, ax)
+                self.leading = Leading(
+                    "frontier",
+                    f"Reward and KL of random directions{' and of paths' if paths is not None else ''}, step {step}",
+                    "Each point is a random policy. Grey line and band: their mean at each radius. Hollow marks: "
+                    "towards step 0; numbers: position in units of the path's vector. "
+                    f"{self.analysis.bootstrap.level:.0%} intervals.",
+                    image,
+                )
+                return
+        shown = [(key, image) for key, image in self.landscapes if image.png is not None]
+        if shown:
+            key, image = shown.pop()
+            self.landscapes = [one for one in self.landscapes if one[0] != key]
+            words = f"Step {key[0]}, slice {key[1]}"
+            self.leading = Leading(landscape_name(key), f"Reward landscape. {words}", LANDSCAPE_WORDS, image)
 
     def animate(self) -> None:
         """A film over training, as a file only: inline, it would be large and could not be stopped."""
@@ -203,6 +250,64 @@ def hover_data(values: xr.Dataset, ax: Axes) -> dict[str, Any]:
             for name, title, error in _ROWS
             if name in ordered
         ],
+    }
+
+
+def frontier_data(census: xr.Dataset, paths: xr.Dataset | None, ax: Axes) -> dict[str, Any]:
+    """What the page needs to show the values of a frontier's policies under the pointer, from left to right.
+
+    `axes` as in `hover_data`; `x`, `y`: places of the policies as fractions of the axes; `rows`: for every quantity its
+    name and one value per policy, null where it has none.
+    """
+    policies: list[dict[str, Any]] = []
+    for place in np.ndindex(*(census.sizes[dim] for dim in ("radius", "direction", "sign"))):
+        here = dict(zip(("radius", "direction", "sign"), place, strict=True))
+        point = census[["point_kl", "point_change"]].isel(here)
+        policies.append(
+            {
+                "policy": f"random direction {place[1]}, {'+' if int(census['sign'][place[2]]) > 0 else '−'}",
+                "KL, nat": float(point["point_kl"]),
+                "reward minus the checkpoint's": float(point["point_change"]),
+                "distance by ‖θ‖": float(census["relative"][place[0]]),
+                "distance / training's own": float(census["displacement"][place[0]]),
+            }
+        )
+    for name in () if paths is None else paths["path"].values:
+        for i, position in enumerate(paths["position"].values if paths is not None else ()):
+            assert paths is not None
+            here = paths.sel(path=name).isel(position=i)
+            policies.append(
+                {
+                    "policy": f"path {name}",
+                    "position on the path": float(position),
+                    "KL, nat": float(here["kl"]),
+                    "reward minus the checkpoint's": float(here["change"]),
+                }
+            )
+    names = list(dict.fromkeys(name for policy in policies for name in policy))
+    x, y = names[1], "reward minus the checkpoint's"
+    drawn = [one for one in policies if one[x] > 0 and math.isfinite(one[x]) and math.isfinite(one[y])]
+    drawn.sort(key=lambda one: one[x])
+    box, whole = ax.get_window_extent(), figure_of(ax).bbox
+    screen = ax.transData.transform([(one[x], one[y]) for one in drawn])
+    inside = ax.transAxes.inverted().transform(screen)
+
+    def shown(value: Any) -> str | float | None:
+        return value if value is None or isinstance(value, str) else _number(value)
+
+    return {
+        "axes": [
+            float(fraction)
+            for fraction in (
+                box.x0 / whole.width,
+                box.y0 / whole.height,
+                box.width / whole.width,
+                box.height / whole.height,
+            )
+        ],
+        "x": [float(f"{place:.5g}") for place in inside[:, 0]],
+        "y": [float(f"{place:.5g}") for place in inside[:, 1]],
+        "rows": [{"name": name, "values": [shown(one.get(name)) for one in drawn]} for name in names],
     }
 
 

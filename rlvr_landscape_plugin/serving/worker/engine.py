@@ -9,7 +9,7 @@ paths with the same result:
   every fused projection, tensor-parallel shard and packed kernel layout. Right for every model, and slow.
 - `kernel` (kernel_layout.py): θ, δ and η went through the loader once, when the slice was loaded; a move is arithmetic
   on the parameters, bound by memory. It is used if a trial move to random coordinates left the same weights, by
-  SHA-256, as the loader.
+  SHA-256, as the loader; one trial counts for all slices of a snapshot in which the same tensors move.
 
 vLLM's worker calls return nothing to the front end, so each call leaves a small JSON report in a directory that the
 endpoint created and named in the request.
@@ -17,6 +17,7 @@ endpoint created and named in the request.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -24,6 +25,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,11 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         self._state: _State | None = None
         self._plain = False
         """Whether linear layers of this CPU hold their weights as they are from now on."""
+        self._tried: set[tuple[object, ...]] = set()
+        """What a trial of the kernel path was passed for: snapshot, tensors that move, place and dtype of the
+        directions."""
+        self._seconds: dict[str, float] = {}
+        """What loading the present slice spent its time on."""
 
     def init_transfer_engine(self, init_info: LoadRequest) -> None:
         """Read, check and scale; after any error the report says what failed, and the slice that was loaded before
@@ -182,6 +189,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             self._report(init_info.report, checksums(self.model))
             return
         started = time.perf_counter()
+        self._seconds = {}
         # Before any worker of this machine frees memory or takes more.
         free = memory.free_on_host() / self._workers + (0 if self._state is None else self._state.on_host)
         try:
@@ -201,6 +209,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         except (ValueError, OSError, TypeError) as error:
             self._report(init_info.report, {"error": str(error)})
             return
+        self._seconds["read"] = time.perf_counter() - started
         at = None
         if self._state is not None and self._state.at == (0.0, 0.0):
             at = (0.0, 0.0) if self._state.snapshot.sha256 == snapshot.sha256 else None
@@ -233,10 +242,12 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             "directions_memory_reason": place.reason,
             "directions_dtype": held,
             "seconds": time.perf_counter() - started,
+            "seconds_of": {what: round(seconds, 4) for what, seconds in self._seconds.items()},
         }
+        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self._seconds.items())
         logger.info(
-            "landscape: %s moves by the %s path (%s), directions %s (%s), loaded in %.1f s",
-            *(snapshot.path.name, facts["move_path"], reason, where, place.reason, facts["seconds"]),
+            "landscape: %s moves by the %s path (%s), directions %s (%s), loaded in %.1f s (%s)",
+            *(snapshot.path.name, facts["move_path"], reason, where, place.reason, facts["seconds"], spent),
         )
         self._report(init_info.report, facts)
 
@@ -311,7 +322,18 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         return None
 
     def _checked(self, slice_: Slice, snapshot: Snapshot, place: memory.Memory) -> tuple[Layout, str]:
-        """Both paths to random coordinates, which must leave the same bits; then back to the weights before."""
+        """Both paths to random coordinates, which must leave the same bits; then back to the weights before.
+
+        Once per snapshot, tensors that move, and place and dtype of the directions: whether the paths agree depends on
+        the model and the layout, not on the numbers of a direction. Later slices are only brought into the layout.
+        """
+        home = self.device if place.on_device else torch.device("cpu")
+        held_as = memory.HALF if place.mode == "half" else torch.float32
+        kind = (snapshot.sha256, tuple(slice_.moving), home, held_as)
+        if kind in self._tried:
+            return self._laid_out(
+                slice_, home, held_as
+            ), "same weights as by the loader in the trial of an earlier slice"
         draw = random.Random(snapshot.sha256)
         point = (draw.uniform(0.5, 1.5), -draw.uniform(0.5, 1.5))
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -329,18 +351,17 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         def held() -> dict[str, str]:
             return checksums(self.model) | {name: _digest(buffer) for name, buffer in self.model.named_buffers()}
 
-        home = self.device if place.on_device else torch.device("cpu")
-        held_as = memory.HALF if place.mode == "half" else torch.float32
         try:
-            self._write_by_loader(slice_, *point)
-            expected = held()
-            # Weights that the kernel path did not write would now differ.
-            put_back()
-            delta, eta = (slice_.along(axis) for axis in AXES)
-            dtype, ranks = self.model_config.dtype, self._ranks
-            layout = build_layout(self.model, dtype, slice_.theta, delta, eta, held_as, home, ranks)
-            self._write(layout, *point)
-            if held() != expected:
+            with self._timed("trial"):
+                self._write_by_loader(slice_, *point)
+                expected = held()
+                # Weights that the kernel path did not write would now differ.
+                put_back()
+            layout = self._laid_out(slice_, home, held_as)
+            with self._timed("trial"):
+                self._write(layout, *point)
+                same = held() == expected
+            if not same:
                 raise UnsupportedLayoutError("its weights differ from the loader's in a trial move")
         except UnsupportedLayoutError:
             raise
@@ -348,7 +369,29 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             raise UnsupportedLayoutError(f"a trial move failed: {type(error).__name__}: {error}") from error
         finally:
             put_back()
+        self._tried.add(kind)
         return layout, f"same weights as by the loader at ({point[0]:.3f}, {point[1]:.3f})"
+
+    def _laid_out(self, slice_: Slice, home: torch.device, held_as: torch.dtype) -> Layout:
+        """The slice in kernel layout; raises `UnsupportedLayoutError`. The weights stay as they are."""
+        delta, eta = (slice_.along(axis) for axis in AXES)
+        try:
+            with self._timed("draw"):
+                return build_layout(
+                    self.model, self.model_config.dtype, slice_.theta, delta, eta, held_as, home, self._ranks
+                )
+        except UnsupportedLayoutError:
+            raise
+        except Exception as error:
+            raise UnsupportedLayoutError(f"a trial move failed: {type(error).__name__}: {error}") from error
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[what] = self._seconds.get(what, 0.0) + time.perf_counter() - started
 
     def _check_kernels(self) -> None:
         """Refuse a server whose compiled graph would still use the weights it was compiled with."""

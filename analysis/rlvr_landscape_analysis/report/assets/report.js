@@ -1,6 +1,6 @@
 
 "use strict";
-// Values under the pointer: each .probe lies over the axes of one landscape and knows its grid.
+// Values under the pointer: each .probe lies over the axes of one figure and knows its grid, or its points.
 (() => {
   const maps = JSON.parse(document.getElementById("landscape-data").textContent);
   const minus = (text) => text.replace(/-/g, "−");
@@ -20,9 +20,71 @@
     return best;
   };
 
+  const put = (readout, name, text) => {
+    const term = document.createElement("dt");
+    const value = document.createElement("dd");
+    term.textContent = name;
+    value.textContent = text;
+    readout.append(term, value);
+  };
+
+  // A cloud of points: the nearest one on the screen; the arrow keys go through them from left to right.
+  const cloud = (probe, map, figure) => {
+    const pin = figure.querySelector(".pin");
+    const readout = figure.querySelector(".readout");
+    const [left, bottom, width, height] = map.axes;
+    probe.style.left = `${100 * left}%`;
+    probe.style.top = `${100 * (1 - bottom - height)}%`;
+    probe.style.width = `${100 * width}%`;
+    probe.style.height = `${100 * height}%`;
+    let at = 0;
+    const show = (i) => {
+      at = i;
+      readout.replaceChildren();
+      for (const row of map.rows) {
+        const value = row.values[i];
+        if (value === null) continue;
+        put(readout, row.name, typeof value === "string" ? value : number(value));
+      }
+    };
+    const pinned = (i) => {
+      pin.style.left = `${100 * (left + width * map.x[i])}%`;
+      pin.style.top = `${100 * (1 - bottom - height * map.y[i])}%`;
+      pin.hidden = false;
+      show(i);
+    };
+    const point = (event) => {
+      const box = probe.getBoundingClientRect();
+      const x = (event.clientX - box.left) / box.width;
+      const y = 1 - (event.clientY - box.top) / box.height;
+      const far = (i) => ((map.x[i] - x) * box.width) ** 2 + ((map.y[i] - y) * box.height) ** 2;
+      let best = 0;
+      map.x.forEach((_, i) => {
+        if (far(i) < far(best)) best = i;
+      });
+      if (best !== at || pin.hidden) pinned(best);
+    };
+    probe.addEventListener("mousemove", point);
+    probe.addEventListener("pointerdown", point);
+    probe.addEventListener("focus", () => {
+      pinned(at);
+    });
+    probe.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      pinned(Math.max(0, Math.min(map.x.length - 1, at + step)));
+    });
+    show(0);
+  };
+
   for (const probe of document.querySelectorAll(".probe")) {
     const map = maps[probe.dataset.map];
     const figure = probe.closest("figure");
+    if (map.x) {
+      cloud(probe, map, figure);
+      continue;
+    }
     const pin = figure.querySelector(".pin");
     const readout = figure.querySelector(".readout");
     const [left, bottom, width, height] = map.axes;
@@ -46,17 +108,10 @@
     const show = (i, j) => {
       at = [i, j];
       readout.replaceChildren();
-      const add = (name, text) => {
-        const term = document.createElement("dt");
-        const value = document.createElement("dd");
-        term.textContent = name;
-        value.textContent = text;
-        readout.append(term, value);
-      };
-      add("α", number(map.alpha[i]));
-      add("β", number(map.beta[j]));
+      put(readout, "α", number(map.alpha[i]));
+      put(readout, "β", number(map.beta[j]));
       for (const row of map.rows) {
-        add(row.name, withError(row.values[i][j], row.errors ? row.errors[i][j] : null));
+        put(readout, row.name, withError(row.values[i][j], row.errors ? row.errors[i][j] : null));
       }
     };
 

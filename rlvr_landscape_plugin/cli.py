@@ -36,6 +36,12 @@ def _report(arguments: Sequence[str], prog: str) -> int:
     return main(arguments, prog)
 
 
+def _status(arguments: Sequence[str], prog: str) -> int:
+    from rlvr_landscape_plugin.sweep.status_command import main
+
+    return main(arguments, prog)
+
+
 def _snapshot(arguments: Sequence[str], prog: str) -> int:
     from rlvr_landscape_plugin.snapshot.__main__ import main
 
@@ -77,6 +83,7 @@ COMMANDS = {
     "path": Command(_design, _CONFIGURED, "the same with design = 'path': policies along training"),
     "boundary": Command(_design, _CONFIGURED, "the same with design = 'boundary': many rollouts of the checkpoint"),
     "report": Command(_report, "DIR", "figures, tables and one HTML page from the datasets of a sweep"),
+    "status": Command(_status, "DIR", "how far a sweep is: points, rate, time left, servers, shards, disk"),
     "snapshot": Command(_snapshot, "ls|verify DIR", "list or check the snapshots of a training run"),
     "train": Command(_train, _CONFIGURED, "train on this machine with TRL, and keep snapshots"),
     "serve": Command(_serve, _CONFIGURED, "start a vLLM server that sweeps can use"),

@@ -72,8 +72,11 @@ def user_message(error: BaseException) -> str | None:
     return None
 
 
-def run_cli(function: Callable[[], None]) -> int:
-    """Call `function`; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+def run_cli(
+    function: Callable[[], None],
+    interrupted: str = "interrupted; finished points are kept, the same command continues",
+) -> int:
+    """Call `function`; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C, which `interrupted` explains."""
     try:
         function()
     except Exception as error:
@@ -83,6 +86,7 @@ def run_cli(function: Callable[[], None]) -> int:
         print(message, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; finished points are kept, the same command continues", file=sys.stderr)
+        if interrupted:
+            print(interrupted, file=sys.stderr)
         return 130
     return 0

@@ -17,7 +17,6 @@ from rlvr_landscape_plugin.config.sweep import (
     ServerConfig,
     SurrogateConfig,
     SweepConfig,
-    dry_run_report,
 )
 from rlvr_landscape_plugin.config.train import (
     EvaluationConfig,
@@ -54,7 +53,6 @@ __all__ = [
     "TrainConfig",
     "TrainEnvConfig",
     "digest",
-    "dry_run_report",
     "load_config",
     "train_report",
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,7 +236,13 @@ class SweepConfig(StrictConfig):
     log_project: str | None = None
     """Project there; default: WANDB_PROJECT or TRACKIO_PROJECT, else `rlvr-landscape`."""
     dry_run: bool = False
-    """Print the resolved configuration and the expected cost, then stop."""
+    """Print what would be measured, what it would cost and what is missing, then stop."""
+    show_config: bool = False
+    """With `dry_run`: print the resolved configuration as well."""
+    rate: float | None = Field(default=None, gt=0)
+    """With `dry_run`: episodes per second of all servers together, from which its hours follow."""
+    probe: bool = False
+    """With `dry_run`: measure that rate, and the length of conversations, for half a minute on the servers."""
 
     @model_validator(mode="after")
     def _belongs_to_the_design(self) -> SweepConfig:
@@ -249,6 +253,15 @@ class SweepConfig(StrictConfig):
                 raise ValueError(f"[{name}] belongs to design = {name!r}, not to {self.design!r}; leave the table out")
         if self.design == "boundary" and self.env.base_rollouts is None:
             raise ValueError("design = 'boundary' measures the checkpoint itself: say how often with env.base_rollouts")
+        return self
+
+    @model_validator(mode="after")
+    def _belongs_to_a_dry_run(self) -> SweepConfig:
+        given = [name for name in ("show_config", "rate", "probe") if getattr(self, name)]
+        if given and not self.dry_run:
+            raise ValueError(f"{given[0]} = {getattr(self, given[0])} is about dry_run; add --dry-run, or leave it out")
+        if self.rate is not None and self.probe:
+            raise ValueError(f"rate = {self.rate} with probe: a probe measures the rate; leave one of them out")
         return self
 
     @model_validator(mode="after")
@@ -286,8 +299,9 @@ class SweepConfig(StrictConfig):
         data = self.model_dump(
             mode="json",
             exclude={
-                *("output", "snapshots", "save_traces", "shard", "until_ci_width", "until_ci_of", "dry_run", "server"),
-                *("follow", "follow_patience", "base_model", "allow_equal_snapshots", "log", "log_project"),
+                *("output", "snapshots", "save_traces", "shard", "until_ci_width", "until_ci_of", "server"),
+                *("dry_run", "show_config", "rate", "probe", "log", "log_project"),
+                *("follow", "follow_patience", "base_model", "allow_equal_snapshots"),
             },
         )
         # A slice's own seed is part of its identity, the list of all of them is not.
@@ -345,53 +359,3 @@ class LaunchConfig(StrictConfig):
     """Directories that the server may read snapshots from; default: the one that holds `model`."""
     server: ServerConfig = ServerConfig()
     """How it runs; `urls` is not used."""
-
-
-def points_of(config: SweepConfig) -> tuple[str, int, int]:
-    """What the design measures around one snapshot: in words, points of one dataset, and datasets.
-
-    A designer that is named by its import path is not asked: 0 points.
-    """
-    if config.design == "grid":
-        alphas, betas = config.grid.alpha.values(), config.grid.beta.values()
-        points = len(alphas) * len(betas)
-        return f"{len(alphas)} × {len(betas)} = {points} points", points, len(config.slice.seeds)
-    if config.design == "census":
-        pairs, radii = config.census.pairs, len(config.census.values())
-        return f"{pairs} pairs × 2 × {radii} radii = {2 * pairs * radii} points", 2 * pairs * radii, 1
-    if config.design == "path":
-        paths, positions = len(config.path.directions), len(config.path.positions)
-        return f"{paths} paths × {positions} positions = {paths * positions} points", paths * positions, 1
-    return "the checkpoint itself" if config.design == "boundary" else "as its designer says", 0, 1
-
-
-def dry_run_report(config: SweepConfig, found: Sequence[tuple[int, Path]] | None = None) -> str:
-    """The resolved configuration, the number of points, an upper bound on the tokens, and the disk space.
-
-    `found`: step and directory of each snapshot that `snapshots` names; default: one for each entry.
-    """
-    snapshots = len(config.snapshots) if found is None else len(found)
-    described, points, datasets = points_of(config)
-    count = snapshots * datasets
-    env = config.env
-    episodes = count * env.num_prompts * (points * env.rollouts + env.own_rollouts)
-    scored = count * env.num_prompts * env.own_rollouts * (points + 1) * config.server.max_model_len
-    dump = config.model_dump(mode="json", exclude={"server": {"token"}})
-    # Nine float32 values per rollout and point, halved by compression in practice, kept once in the journal too.
-    disk = count * points * env.num_prompts * max(env.rollouts, env.own_rollouts) * 9 * 4 * 2
-    most = "at most " if config.until_ci_width is not None else ""
-    probes = "" if config.grid.find is None else ", ranges to be found by probes"
-    of = f"{snapshots} snapshots × {datasets} seeds" if datasets > 1 else f"{snapshots} snapshots"
-    own = "" if env.base_rollouts is None else f", {env.base_rollouts} of the checkpoint's own"
-    return "\n".join(
-        [
-            json.dumps(dump, indent=2),
-            *(f"snapshot    step {step}: {path}" for step, path in found or ()),
-            f"{config.design:<11} {most}{described}, {count} datasets ({of}){probes}",
-            f"episodes    {most}{episodes:,} ({env.num_prompts} prompts × {env.rollouts} rollouts per point{own})",
-            f"sampled     at most {episodes * config.sampling.max_tokens:,} tokens per turn of an episode",
-            f"scored      at most {scored:,} tokens (episodes are usually far shorter than max_model_len)",
-            f"disk        at most {disk / 2**20:,.1f} MiB",
-            f"output      {config.output}",
-        ]
-    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -71,6 +72,8 @@ class LandscapeClient:
         self.url = url.rstrip("/")
         self.version: str | None = None
         """Weight version of the last move; sampling and scoring are refused for any other."""
+        self.answered: float | None = None
+        """When the server last answered with 200, in seconds since 1970."""
         self._load: str | None = None
         """Name of the last load; moves are refused for any other."""
         self._headers = {"Authorization": f"Bearer {token}"}
@@ -110,6 +113,7 @@ class LandscapeClient:
             ) as response:
                 if response.status != 200:
                     raise ServerError(f"{self.url}{route}: {await _words(response)}")
+                self.answered = time.time()
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             kind = "no answer in time" if isinstance(error, TimeoutError) else (str(error) or type(error).__name__)

@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlvr_landscape_plugin.config import StrictConfig, SweepConfig, dry_run_report, load_config
+from rlvr_landscape_plugin.config import StrictConfig, SweepConfig, load_config
 from rlvr_landscape_plugin.errors import ConfigurationError, LandscapeError, run_cli, suggest, user_message
 from rlvr_landscape_plugin.serving.protocol import TOKEN_VARIABLE
-from rlvr_landscape_plugin.sweep.snapshots import named_snapshots
 
 TIMEOUTS = 100
 """How often a job may reach its time limit, and continue, before submitit gives it up."""
@@ -154,7 +153,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     def run() -> None:
         config = load_config(sys.argv[1:] if argv is None else argv, ClusterSweepConfig, prog)
         if config.dry_run:
-            print(dry_run_report(config, [(found.step, found.path) for found in named_snapshots(config)]))
+            from rlvr_landscape_plugin.sweep.cost import dry_run
+
+            dry_run(config, config.cluster.shards)
             return
         jobs = submit(config)
         for job in jobs:

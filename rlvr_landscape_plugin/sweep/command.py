@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlvr_landscape_plugin.config import SweepConfig, dry_run_report, load_config
+from rlvr_landscape_plugin.config import SweepConfig, load_config
 from rlvr_landscape_plugin.errors import StoreError, run_cli, suggest
 
 REFUSALS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
@@ -28,9 +28,9 @@ def start(config: SweepConfig) -> None:
     """Measure what `config` asks for, or say what it would cost; the last line names the next command."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     if config.dry_run and config.follow is None:
-        from rlvr_landscape_plugin.sweep.snapshots import named_snapshots
+        from rlvr_landscape_plugin.sweep.cost import dry_run
 
-        print(dry_run_report(config, [(found.step, found.path) for found in named_snapshots(config)]))
+        dry_run(config)
         return
 
     written = run_to_end(config)

@@ -16,9 +16,10 @@ from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.sweep.pool import Pool
 
 if TYPE_CHECKING:
-    from rlvr_landscape_plugin.config import SweepConfig
+    from rlvr_landscape_plugin.config import ServerConfig, SweepConfig
     from rlvr_landscape_plugin.display import Display
     from rlvr_landscape_plugin.serving.client import LandscapeClient
+    from rlvr_landscape_plugin.serving.launch import LocalServer
     from rlvr_landscape_plugin.snapshot import Snapshot
     from rlvr_landscape_plugin.sweep.point import PointMeter
 
@@ -38,6 +39,8 @@ class Server:
     """Checksums of its weights at the origin, the snapshot itself."""
     points: int = 0
     """Points of the present plan that it measured."""
+    measured: int = 0
+    """Points, or portions of one, that it measured in all."""
 
 
 def facts_to_keep(facts: JsonObject) -> JsonObject:
@@ -69,10 +72,33 @@ class Fleet:
             self._pool = Pool(servers, config.server.patience if config.server.urls else 0.0, say)
         return self._pool
 
+    @property
+    def started(self) -> bool:
+        """Whether the servers were needed before."""
+        return self._pool is not None
+
+    @property
+    def failures(self) -> int:
+        """How often a server failed."""
+        return 0 if self._pool is None else self._pool.failures
+
+    def report(self) -> list[JsonObject]:
+        """What a sign of life says of each server."""
+        if self._pool is None:
+            return []
+        return [
+            {
+                "url": server.client.url,
+                "away": self._pool.is_away(server),
+                "points": server.measured,
+                "answered": server.client.answered,
+            }
+            for server in self._pool.servers
+        ]
+
     @contextlib.asynccontextmanager
     async def _servers(self, first: Snapshot) -> AsyncIterator[list[Server]]:
         from rlvr_landscape_plugin.serving.client import LandscapeClient
-        from rlvr_landscape_plugin.serving.launch import local_server
         from rlvr_landscape_plugin.serving.protocol import TOKEN_VARIABLE, Sampling
 
         config, say = self._config, self._display.say
@@ -86,7 +112,8 @@ class Fleet:
                 say(f"starting a vLLM server for {first.path.name} (log: {log})")
                 roots = {path for snapshot in self._snapshots for path in (snapshot.path, snapshot.model)}
                 folders = [*sorted(roots), Path(config.output).resolve() / DIRECTIONS_FOLDER]
-                local = await stack.enter_async_context(local_server(config.server, first.model, folders, log))
+                started = own_server(config.server, first.model, folders, log, self._display)
+                local = await stack.enter_async_context(started)
                 urls, token = [local.url], local.token
             elif not token:
                 raise ServerError(f"server.urls needs the servers' token: set server.token or {TOKEN_VARIABLE}")
@@ -106,6 +133,24 @@ class Fleet:
             if warning := mixed_versions(servers):
                 say(warning)
             yield servers
+
+
+@contextlib.asynccontextmanager
+async def own_server(
+    config: ServerConfig, model: Path, roots: Sequence[Path], log: Path, display: Display
+) -> AsyncIterator[LocalServer]:
+    """`serving.launch.local_server`, which shows how long its start and its end take."""
+    from rlvr_landscape_plugin.serving.launch import local_server
+
+    context = local_server(config, model, roots, log)
+    async with display.waiting("starting the vLLM server"):
+        server = await context.__aenter__()
+    try:
+        yield server
+    finally:
+        display.say("ending the vLLM server; finished points are kept")
+        async with display.waiting("ending the vLLM server"):
+            await context.__aexit__(None, None, None)
 
 
 def mixed_versions(servers: Sequence[Server], earlier: Sequence[JsonObject] = ()) -> str | None:

@@ -25,6 +25,7 @@ from rlvr_landscape_plugin.config.designs import DRAWN_KINDS
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
 from rlvr_landscape_plugin.schedule import parse_schedule
 from rlvr_landscape_plugin.snapshot import Snapshot, find_snapshots, open_snapshot, step_of_path
+from rlvr_landscape_plugin.sweep.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from rlvr_landscape_plugin.config import SweepConfig
@@ -45,7 +46,8 @@ async def follow_run(config: SweepConfig, display: Display) -> list[Path]:
     run = config.follow
     assert run is not None
     measured: dict[int, list[Path]] = {}
-    async with contextlib.AsyncExitStack() as stack:
+    heartbeat = Heartbeat(config, display)
+    async with heartbeat, contextlib.AsyncExitStack() as stack:
         since, scheduled = time.monotonic(), None
         while scheduled is None or not scheduled <= measured.keys() | failed_steps(run):
             waiting = [path for path in snapshots_of(run) if path not in {Path(done) for done in _sources(measured)}]
@@ -53,10 +55,11 @@ async def follow_run(config: SweepConfig, display: Display) -> list[Path]:
                 snapshot = whole(path, config.base_model)
                 if scheduled is None:
                     scheduled = scheduled_steps(snapshot)
+                    heartbeat.steps = sorted(scheduled)
                     config = await stack.enter_async_context(_served(config, snapshot, display))
                     display.say(f"following {run}: {_plan(scheduled)}")
                 present = config.model_copy(update={"follow": None, "snapshots": [str(path)]})
-                measured[snapshot.step] = [path, *await run_sweep(present, display)]
+                measured[snapshot.step] = [path, *await run_sweep(present, display, heartbeat)]
                 since = time.monotonic()
             if not waiting:
                 if time.monotonic() - since > config.follow_patience:
@@ -155,12 +158,12 @@ async def _served(config: SweepConfig, first: Snapshot, display: Display) -> Asy
     if config.server.urls:
         yield config
         return
-    from rlvr_landscape_plugin.serving.launch import local_server
+    from rlvr_landscape_plugin.sweep.fleet import own_server
 
     log = Path(config.server.log or Path(config.output) / "server.log")
     display.say(f"starting a vLLM server for the whole run (log: {log})")
     folders = [first.path.parent, first.model, Path(config.output).resolve() / DIRECTIONS_FOLDER]
-    async with local_server(config.server, first.model, folders, log) as local:
+    async with own_server(config.server, first.model, folders, log, display) as local:
         server = config.server.model_copy(update={"urls": [local.url], "token": local.token})
         yield config.model_copy(update={"server": server})
 

@@ -98,6 +98,7 @@ class Job:
         kl = float(data["kl_k1"].mean()) if "kl_k1" in data else math.nan
         self._display.point(alpha, beta, reward, kl, seconds)
         if failed := data.attrs.get("failed_episodes"):
+            self._display.failed(int(failed))
             self._display.say(
                 f"({alpha:g}, {beta:g}): {failed} of {data['status'].size} episodes failed; "
                 f"the first one: {data.attrs['first_failure']}"
@@ -235,6 +236,7 @@ class SliceJob(Job):
             _write_traces((self._journal.root / TRACES_FOLDER / name).with_suffix(".jsonl"), batch)
         self._journal.write_point(point.place, data, cells)
         server.points += 1
+        server.measured += 1
         self._show(point.alpha, point.beta, float(data["reward"].mean()) if "reward" in data else math.nan, data)
 
     async def conclude(self, servers: Sequence[Server]) -> None:

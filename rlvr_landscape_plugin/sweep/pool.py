@@ -112,8 +112,14 @@ class Pool(Generic[Server]):
         """`patience`: seconds without any server until the last one's error ends the work."""
         self.servers = servers
         self._patience, self._say = patience, say
+        self.failures = 0
+        """How often a server failed."""
         self._away: set[int] = set()
         self._alive = time.monotonic()
+
+    def is_away(self, server: Server) -> bool:
+        """Whether the server failed and has not come back yet."""
+        return id(server) in self._away
 
     async def work(self, queue: PointQueue[Portion], job: Job[Server, Portion], new_slice: bool = True) -> None:
         """Work until every point is finished. Servers that still measure a copy of a point are then interrupted, and no
@@ -155,6 +161,7 @@ class Pool(Generic[Server]):
                 await self._measure(server, portion, queue, job)
                 self._alive, pause = time.monotonic(), FIRST_PAUSE
             except ServerError as error:
+                self.failures += 1
                 server.present = False
                 if portion is not None:
                     queue.give_back(portion, id(server), error)

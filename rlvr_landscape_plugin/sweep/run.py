@@ -9,6 +9,7 @@ same command continues where an earlier one stopped, several servers share one q
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Sequence
@@ -25,14 +26,15 @@ from rlvr_landscape_plugin.display import Display
 from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot
-from rlvr_landscape_plugin.store import consolidate, keep_record, read_record
+from rlvr_landscape_plugin.store import consolidate, holds, keep_record, read_record
 from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, mixed_versions, with_server_logs
 from rlvr_landscape_plugin.sweep.growth import probes_identity, snapshot_identity
+from rlvr_landscape_plugin.sweep.heartbeat import Heartbeat
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
 from rlvr_landscape_plugin.sweep.plan import Plan, make_plans
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
 from rlvr_landscape_plugin.sweep.provenance import dataset_annotations, dataset_attributes
-from rlvr_landscape_plugin.sweep.snapshots import open_snapshots
+from rlvr_landscape_plugin.sweep.snapshots import check_tensors, open_snapshots
 
 if TYPE_CHECKING:
     import verifiers.v1 as vf
@@ -44,15 +46,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rlvr_landscape.sweep")
 
 
-async def run_sweep(config: SweepConfig, display: Display) -> list[Path]:
-    """Measure everything that `config` asks for and is not measured yet; returns the datasets' paths."""
+async def run_sweep(config: SweepConfig, display: Display, heartbeat: Heartbeat | None = None) -> list[Path]:
+    """Measure everything that `config` asks for and is not measured yet; returns the datasets' paths.
+
+    `heartbeat`: of a process that measures more than this; default: one of its own.
+    """
     from rlvr_landscape_plugin.episodes import check_chat, open_tasks
 
     snapshots = open_snapshots(config)
     opened = open_tasks(config.env)
     check_chat([snapshots[0].model, *(snapshot.path for snapshot in snapshots)], opened.tasks)
     config = with_path(config, opened, snapshots[0], display)
-    async with Fleet(config, snapshots, display) as fleet:
+    async with contextlib.AsyncExitStack() as stack:
+        if heartbeat is None:
+            heartbeat = await stack.enter_async_context(Heartbeat(config, display))
+            heartbeat.steps = [snapshot.step for snapshot in snapshots]
+        fleet = heartbeat.fleet = await stack.enter_async_context(Fleet(config, snapshots, display))
         return await Sweep(config, snapshots, opened.env, opened.tasks, fleet, display).run()
 
 
@@ -94,15 +103,29 @@ class Sweep:
         """Measure what is missing, then write the datasets that are whole; returns their paths."""
         self.known.update({snapshot.path: snapshot for snapshot in self.snapshots})
         plans = [plan for snapshot in self.snapshots for plan in await self.plans(snapshot)]
-        missing = [len({portion.place for portion in plan.missing()}) for plan in plans]
+        missing = [0 if self.is_kept(plan) else len({portion.place for portion in plan.missing()}) for plan in plans]
         open_plans = [plan for plan, count in zip(plans, missing, strict=True) if count or not plan.concluded]
         if open_plans:
             first = "" if self.config.until_ci_width is None else " first"
             slices = sum(len(plan.design.slices) for plan in open_plans)
+            total = sum(len(plan.points) for plan in plans)
+            episodes, more = self.config.env.num_prompts * self.config.env.rollouts, self.config.until_ci_width
+            self.display.begin(total - sum(missing), total, episodes, at_least=more is not None)
             self.display.say(f"starting: {sum(missing)} points in {slices} slices to measure{first}")
         for plan in open_plans:
-            await self.measure(plan, await self.fleet.pool(plan.snapshot))
+            await self.measure(plan, await self.pool(plan.snapshot))
         return [path for plan in plans if (path := self.write(plan)) is not None]
+
+    def is_kept(self, plan: Plan) -> bool:
+        """Whether a plan's dataset holds everything, so that none of its points has to be read again."""
+        return plan.refinement is None and holds(plan.journal, plan.dataset) and plan.concluded
+
+    async def pool(self, first: Snapshot) -> Pool[Server]:
+        """The servers; before the first time, the snapshots' tensors are checked, which a finished sweep need not
+        wait for."""
+        if not self.fleet.started:
+            check_tensors(self.snapshots)
+        return await self.fleet.pool(first)
 
     def prompts(self, count: int) -> str:
         """Hash of the first `count` tasks."""
@@ -172,7 +195,7 @@ class Sweep:
         if found is not None and found.get("prompts_sha256") not in (None, self.prompts(found["prompts"])):
             raise StoreError(f"{path}: its probes had other tasks; choose another output directory")
         if found is None:
-            pool = await self.fleet.pool(snapshot)
+            pool = await self.pool(snapshot)
             tasks = min(settings.prompts, config.env.num_prompts)
             job = RangeJob(slice_, config.server.directions_memory, self.meter, self.display, tasks)
             episodes = tasks * config.env.rollouts

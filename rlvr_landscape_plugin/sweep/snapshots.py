@@ -45,7 +45,7 @@ def named_snapshots(config: SweepConfig) -> list[Snapshot]:
 
 
 def open_snapshots(config: SweepConfig) -> list[Snapshot]:
-    """`named_snapshots`, whose weights fit their architecture and differ from each other; reads every weight file.
+    """`named_snapshots`, whose weights differ from each other; reads every weight file.
 
     Raises `SnapshotError` for two snapshots with the same weights, unless `allow_equal_snapshots`.
     """
@@ -56,11 +56,15 @@ def open_snapshots(config: SweepConfig) -> list[Snapshot]:
                 "%s does not tell its step, neither by its name nor in a manifest.json; it counts as step 0",
                 snapshot.path,
             )
-    if reason := check_architecture(snapshots[0]):
-        logger.warning("cannot check the tensors of %s ahead of the server: %s", snapshots[0].path, reason)
     if not config.allow_equal_snapshots:
         check_different(snapshots)
     return snapshots
+
+
+def check_tensors(snapshots: Sequence[Snapshot]) -> None:
+    """Raise `SnapshotError` unless the snapshots' tensors are those of their architecture; loads torch."""
+    if reason := check_architecture(snapshots[0]):
+        logger.warning("cannot check the tensors of %s ahead of the server: %s", snapshots[0].path, reason)
 
 
 def check_different(snapshots: Sequence[Snapshot]) -> None:

@@ -48,6 +48,8 @@ PLAIN_COMMANDS = (
     "rlvr_landscape_analysis.trainer_log",
 )
 """Modules to run that take no configuration."""
+SUBCOMMANDS = {"status": "rlvr_landscape_plugin.sweep.status_command"}
+"""Subcommands of `rlvr-landscape` whose arguments are written nowhere else → the module to run."""
 HEAD = """\
 # The public surface of this project: what users type, write into configurations, import, and find in datasets.
 # A test compares it with the code. After a change on purpose, write it again with
@@ -70,7 +72,9 @@ def commands() -> list[str]:
         lines += [f"    {line}" for line in _arguments(module)]
     from rlvr_landscape_plugin.cli import COMMANDS as subcommands
 
-    lines += [f"rlvr-landscape {name} {command.takes}" for name, command in subcommands.items()]
+    for name, command in subcommands.items():
+        lines.append(f"rlvr-landscape {name} {command.takes}")
+        lines += [f"    {line}" for line in _arguments(SUBCOMMANDS[name])] if name in SUBCOMMANDS else []
     lines += ["rlvr-landscape --version"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for script, target in sorted(project["scripts"].items()):

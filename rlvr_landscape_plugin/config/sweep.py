@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from rlvr_landscape_analysis.schema import SOLVED
 
 from rlvr_landscape_plugin.config.base import LARGEST_SEED, MOST_EPISODES, LogService, StrictConfig
 from rlvr_landscape_plugin.config.designs import CensusConfig, GridConfig, PathConfig, SliceConfig
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.objectives import LANDSCAPE_FEEDS, Objective, check_feeds, configure
 
+PASSES = 0.99
+"""Reward from which a rollout passes: `schema.SOLVED` of the analysis, whose import would load xarray for `--help`."""
 DESIGN_TABLES = ("grid", "census", "path")
 """Tables of the configuration that belong to the design of that name."""
 
@@ -32,7 +33,7 @@ class EnvConfig(StrictConfig):
     base_rollouts: int | None = Field(default=None, ge=1)
     """Episodes per task in the checkpoint's own batch, which then have a dimension of their own (`base_rollout`);
     default: `rollouts`."""
-    pass_threshold: float = SOLVED
+    pass_threshold: float = PASSES
     """Reward from which a rollout passes, for pass@k. It is part of what a dataset is, so it is fixed before the data;
     another one in the same `output` is refused."""
     max_concurrent: int = Field(default=512, ge=1)
@@ -335,7 +336,7 @@ class SweepConfig(StrictConfig):
         if data["env"]["base_rollouts"] is None:
             del data["env"]["base_rollouts"]
         # Datasets of before there was this option have its default.
-        if data["env"]["pass_threshold"] == SOLVED:
+        if data["env"]["pass_threshold"] == PASSES:
             del data["env"]["pass_threshold"]
         if not data["design_options"]:
             del data["design_options"]

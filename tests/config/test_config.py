@@ -323,3 +323,9 @@ def test_another_stream_is_held_out_from_its_first_task():
     moved = TrainConfig.model_validate(data)
     assert moved.first_held_out == 10
     assert moved.provenance()["evaluation"]["first_task"] == 10
+
+
+def test_the_reward_that_passes_is_that_of_the_analysis():
+    from rlvr_landscape_analysis.schema import SOLVED
+
+    assert SweepConfig().env.pass_threshold == SOLVED

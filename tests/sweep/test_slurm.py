@@ -129,7 +129,7 @@ def slow_server():
         quick = False
 
     async def wait(route, count):
-        await asyncio.sleep(0.4 if route == "generate" and not server.quick else 0)
+        await asyncio.sleep(3 if route == "generate" and not server.quick else 0)
 
     with Slow(wait) as server:
         yield server

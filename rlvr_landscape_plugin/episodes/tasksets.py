@@ -148,17 +148,22 @@ def open_environment(
 
 def _beyond_chat(env: vf.Env, role: str) -> str | None:
     """What an environment does and the chat loop does not; None if nothing."""
-    from verifiers.v1.env import Env
-
     if env.taskset.toolsets(env.taskset.config):
         return "serves tools"
-    if any(getattr(type(env), hook) is not getattr(Env, hook) for hook in ("start", "stop")):
+    if starts_services(env):
         return "starts services of its own (Env.start, Env.stop)"
     for cap in CAPS:
         if getattr(role_config(env), cap, None) is not None:
             return f"sets {role}.{cap}"
     own = _own_harness(env)
     return None if own is None or own in TOOLLESS else f"has the harness {own!r}"
+
+
+def starts_services(env: vf.Env) -> bool:
+    """Whether an environment starts programs of its own beside its episodes (`Env.start`, `Env.stop`)."""
+    from verifiers.v1.env import Env
+
+    return any(getattr(type(env), hook) is not getattr(Env, hook) for hook in ("start", "stop"))
 
 
 def _own_harness(env: vf.Env) -> str | None:

@@ -14,10 +14,12 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from rlvr_landscape_plugin.episodes.agent import Play
 from rlvr_landscape_plugin.episodes.gateway import MODEL, Gateway
 from rlvr_landscape_plugin.episodes.rollouts import Rollout, segments_of_calls
+from rlvr_landscape_plugin.episodes.tasksets import starts_services
 from rlvr_landscape_plugin.errors import TasksetError
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 PROGRAMS_PER_CORE = 8
 """Episodes in flight for each core: a harness may be a program of its own in each of them."""
 EPISODES_PER_TOKENIZER = 256
+_ONE_AT_A_TIME: WeakKeyDictionary[vf.Env, asyncio.Lock] = WeakKeyDictionary()
+"""For environments that start services: the batches that share one."""
 _NO_KEY = "RLVR_LANDSCAPE_GATEWAY_HAS_NO_KEY"
 
 
@@ -39,6 +43,9 @@ async def verifiers_stage(runner: EpisodeRunner) -> AsyncIterator[PlayEpisode]:
     # An environment holds the servers of one batch at a time, and several batches may be in flight.
     env = type(runner.env)(runner.env.config)
     async with contextlib.AsyncExitStack() as stack:
+        if starts_services(env):
+            # Where a service listens is written into the configuration, which the tasks of all batches share.
+            await stack.enter_async_context(_ONE_AT_A_TIME.setdefault(runner.env, asyncio.Lock()))
         gateway = await stack.enter_async_context(Gateway(runner.sampler, runner.max_tokens, runner.max_model_len))
         try:
             await stack.enter_async_context(env.serving())

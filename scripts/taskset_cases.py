@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
     "interception": Case(right=_hook),
     "kuhn_poker": Case(),
     "nemo_gym_weather": Case(right=_weather),
-    "openenv_wordle": Case(),
+    "openenv_wordle": Case(note="its game is downloaded from a Hugging Face Space"),
     "proposer_solver": Case(),
     "reverse_text": Case(note="stand-in data"),
     "scratchpad": Case(right=_looked_up("scratchpad_roundtrip", lambda task: {"word": _extra(task, "word")})),

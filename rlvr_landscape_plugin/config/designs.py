@@ -177,8 +177,8 @@ class CensusConfig(StrictConfig):
     """Number of radii where `radii` is empty."""
     smallest: float = Field(default=0.3, gt=0)
     """The smallest of them."""
-    largest: float = Field(default=30.0, gt=0)
-    """The largest of them."""
+    largest: float = Field(default=9.0, gt=0)
+    """The largest of them. By default 0.3, 0.9, 2.9 and 9: T1 looks at those up to 3 displacements."""
     unit: Literal["displacement", "theta"] = "displacement"
     """What radius 1 is. `displacement`: ‖θ_t − θ_0‖, how far the run has moved this snapshot (for snapshot 0: how far
     it moves the run's last). `theta`: ‖θ_t‖ over the tensors that move."""

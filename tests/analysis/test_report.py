@@ -322,7 +322,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_writes_figures_and_report(run, capsys, few):
     assert main([str(run), "--resamples", "100", "--no-animation"]) == 0
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert printed.err.startswith("next: open "), "and nothing else"
+    assert printed.err.count("\n") == 1
     figures = [line.removeprefix("figure ") for line in printed.out.splitlines() if line.startswith("figure ")]
     assert sorted(figures) == sorted(str(path) for path in (run / "figures").iterdir())
     assert [Path(path).name for path in figures] == [

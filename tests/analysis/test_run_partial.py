@@ -79,3 +79,27 @@ def test_a_directory_with_nothing_says_what_is_missing(tmp_path):
         analyse_run(tmp_path)
     with pytest.raises(AnalysisError, match="holds nothing finished of step 7"):
         analyse_run(census_directory(tmp_path), steps=[7])
+
+
+def test_a_dataset_of_another_design_than_its_name_says_is_refused(tmp_path):
+    census_directory(tmp_path)
+    shutil.copy(tmp_path / "census_step000000.nc", tmp_path / "path_step000000.nc")
+    with pytest.raises(AnalysisError, match=r"path_step000000\.nc is of the design 'census', not of 'path'"):
+        analyse_run(tmp_path)
+
+
+def test_censuses_of_different_tasks_in_one_directory_are_refused(tmp_path):
+    census_directory(tmp_path)
+    with xr.open_dataset(tmp_path / "census_step000000.nc") as data:
+        other = data.load().assign_coords(step=10).assign_attrs(prompts_sha256="another")
+    other.to_netcdf(tmp_path / "census_step000010.nc")
+    with pytest.raises(AnalysisError, match="different prompts; analyse them apart"):
+        analyse_run(tmp_path)
+
+
+def test_one_design_of_one_step_in_two_directories_is_refused(tmp_path):
+    from rlvr_landscape_analysis.evidence import open_evidence
+
+    folders = [census_directory(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(AnalysisError, match="are both the census of step 0"):
+        open_evidence(*folders)

@@ -269,3 +269,28 @@ def test_a_grid_may_have_another_number_of_rollouts_at_its_origin(sweep_here, fa
         assert data.sizes["rollout"] == 2
         assert data.sizes["base_rollout"] == 5
         assert np.isfinite(data.kl_k1).all()
+
+
+def test_displacements_need_step_0_of_the_run(tmp_path):
+    late = make_run(tmp_path / "late", {2: 0.02, 4: 0.04})
+    with pytest.raises(ValueError, match=r"no snapshot of step 0; .* or set census\.unit = 'theta'"):
+        census(late, 4, tmp_path)
+
+
+def test_a_path_to_a_policy_of_another_shape_is_refused(run, tmp_path):
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    other = tmp_path / "mixed"
+    for step in (0, 4):
+        shutil.copytree(run[step], other / run[step].name)
+        (other / run[step].name / "manifest.json").unlink()
+    weights_of_0 = other / run[0].name / "model.safetensors"
+    tensors = load_file(weights_of_0)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
+    save_file(tensors, weights_of_0)
+    config = SweepConfig(design="path", path={"directions": [{"kind": "displacement"}]})
+    around_4 = Surroundings(Trajectory.around(open_snapshot(other / run[4].name), None, {}), tmp_path / "directions")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        path_designs(config, around_4)

@@ -20,72 +20,72 @@ class LandscapeAccessor:
         self._data = data
 
     def per_prompt(self, *, threshold: float | None = None) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.per_prompt` on this dataset."""
+        """Call `rlvr_landscape_analysis.landscape.per_prompt` on this dataset."""
         return _landscape.per_prompt(self._data, threshold=threshold)
 
     def mean(self, name: str = "reward") -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.point_mean` on one variable."""
+        """Call `rlvr_landscape_analysis.landscape.point_mean` on one variable."""
         return _landscape.point_mean(self._variable(name))
 
     def difference(self, name: str = "reward") -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.difference_from_origin` on one variable."""
+        """Call `rlvr_landscape_analysis.landscape.difference_from_origin` on one variable."""
         return _landscape.difference_from_origin(self._variable(name))
 
     @property
     def radius(self) -> xr.DataArray:
-        """:func:`rlvr_landscape_analysis.landscape.radius` of this dataset."""
+        """`rlvr_landscape_analysis.landscape.radius` of this dataset."""
         return _landscape.radius(self._data)
 
     def kl(self, *, estimator: str = "k1") -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.kl` on this dataset."""
+        """Call `rlvr_landscape_analysis.landscape.kl` on this dataset."""
         return _landscape.kl(self._data, estimator=estimator)
 
     def surrogate(self) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.surrogate` on this dataset."""
+        """Call `rlvr_landscape_analysis.landscape.surrogate` on this dataset."""
         return _landscape.surrogate(self._data)
 
     def pass_at_k(self, k: int, *, threshold: float | None = None) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.pass_at_k` on this dataset."""
+        """Call `rlvr_landscape_analysis.landscape.pass_at_k` on this dataset."""
         return _landscape.pass_at_k(self._data, k, threshold=threshold)
 
     def entropy(self, quantiles: Iterable[float] = (0.1, 0.5, 0.9)) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.entropy` on this dataset."""
+        """Call `rlvr_landscape_analysis.landscape.entropy` on this dataset."""
         return _landscape.entropy(self._data, quantiles)
 
     def ray(self, name: str = "reward", angle: float = 0.0) -> xr.DataArray:
-        """Call :func:`rlvr_landscape_analysis.landscape.ray` on one variable."""
+        """Call `rlvr_landscape_analysis.landscape.ray` on one variable."""
         return _landscape.ray(self._variable(name), angle)
 
     def radial_profile(self, name: str = "reward") -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.landscape.radial_profile` on one variable."""
+        """Call `rlvr_landscape_analysis.landscape.radial_profile` on one variable."""
         return _landscape.radial_profile(self._variable(name))
 
     def correlations(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.statistics.correlation.correlations` on this dataset."""
+        """Call `rlvr_landscape_analysis.statistics.correlation.correlations` on this dataset."""
         from rlvr_landscape_analysis.statistics.correlation import correlations
 
         return correlations(self._data, **options)
 
     def better_than_origin(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.statistics.improvement.better_than_origin` on this dataset."""
+        """Call `rlvr_landscape_analysis.statistics.improvement.better_than_origin` on this dataset."""
         from rlvr_landscape_analysis.statistics.improvement import better_than_origin
 
         return better_than_origin(self._data, **options)
 
     def best_point(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.statistics.improvement.best_point` on this dataset."""
+        """Call `rlvr_landscape_analysis.statistics.improvement.best_point` on this dataset."""
         from rlvr_landscape_analysis.statistics.improvement import best_point
 
         return best_point(self._data, **options)
 
     def overlap(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.statistics.improvement.overlap` on this dataset."""
+        """Call `rlvr_landscape_analysis.statistics.improvement.overlap` on this dataset."""
         from rlvr_landscape_analysis.statistics.improvement import overlap
 
         return overlap(self._data, **options)
 
     def quadratic_fit(self, **options: Any) -> xr.Dataset:
-        """Call :func:`rlvr_landscape_analysis.statistics.curvature.quadratic_fit` on this dataset."""
+        """Call `rlvr_landscape_analysis.statistics.curvature.quadratic_fit` on this dataset."""
         from rlvr_landscape_analysis.statistics.curvature import quadratic_fit
 
         return quadratic_fit(self._data, **options)

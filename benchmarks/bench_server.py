@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import runpy
 import secrets
@@ -51,7 +52,12 @@ class Probe:
     weight_transfer_engine: Any
 
     def probe_directions(self, mode: str) -> str:
-        """From the next load on, keep the directions so: `auto`, `float32`, `half` or `regenerated`."""
+        """From the next load on, keep the directions so: `auto`, `float32`, `half` or `regenerated`.
+
+        Drops the slice that is loaded, so that its memory is free; load before the next move.
+        """
+        self.weight_transfer_engine.shutdown()
+        gc.collect()
         os.environ[DIRECTIONS_MEMORY_VARIABLE] = mode
         return mode
 

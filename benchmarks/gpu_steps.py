@@ -324,13 +324,13 @@ def offline(context: Context) -> Outcome:
     # Stock vLLM, without the plugin.
     os.environ["VLLM_PLUGINS"] = ""
     from vllm import LLM, EngineArgs, SamplingParams
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     arguments = command(context.config, context.model, 1)[3:]
     at = arguments.index("--weight-transfer-config")
     del arguments[at : at + 2]
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    # The command has the front end's options too.
+    parsed, _ = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_known_args(arguments)
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed))
     seed = seeds(0)
 

@@ -11,9 +11,10 @@ stopped when its time is over; then the next one runs:
 
 - `ok`: all comparisons hold. `failed`: one does not, or the step raised an error or ran out of its time.
 - `rehearsed`: the step ran on a CPU, and all comparisons that mean something there hold.
-- `skipped`: with the reason.
+- `skipped`: this machine cannot run it, with the reason. `not run`: the time of the whole check was over.
 
-The last line is one JSON object of all of them. Exit code 0 if nothing failed, 1 otherwise. Logs of the servers and
+The last line is one JSON object of all of them. Exit code 0 if nothing failed and everything
+ran that this machine can run, 1 otherwise. Logs of the servers and
 the lines stay in a new directory below `--output`. `benchmarks/gpu_steps.py` says what each step compares.
 """
 
@@ -43,6 +44,9 @@ from rlvr_landscape_plugin.snapshot import open_snapshot
 
 LEAST = 5.0
 """Seconds that must be left for a step to begin."""
+NOT_RUN = "not run"
+MINUTES = {"gpu": 10.0, "rehearsal": 30.0}
+"""Time of all steps together; a rehearsal takes as long as the machine's CPU needs."""
 
 
 @dataclass(frozen=True)
@@ -116,21 +120,22 @@ def plan(here: Machine, scratch: Path, rehearse: bool, smollm2: Path | None) -> 
             **more,
         )
 
-    def seconds(gpu: float, cpu: float) -> float:
-        return cpu if rehearse else gpu
+    def seconds(gpu: float) -> float:
+        # On a CPU the limit only ends what hangs.
+        return 300.0 if rehearse else gpu
 
     def moves(limit: float | None, gpu: float) -> tuple[Step, ...]:
         few = {"repeats": 3 if rehearse else 5}
         return (
-            Step("moves", seconds(gpu, 60), "moves, resident", few | {"mode": "auto", "limit_s": limit}),
-            Step("moves", seconds(gpu, 60), "moves, half", few | {"mode": "half"}),
-            Step("moves", seconds(gpu, 60), "moves, regenerated", {"mode": "regenerated", "repeats": 1}),
+            Step("moves", seconds(gpu), "moves, resident", few | {"mode": "auto", "limit_s": limit}),
+            Step("moves", seconds(gpu), "moves, half", few | {"mode": "half"}),
+            Step("moves", seconds(gpu), "moves, regenerated", {"mode": "regenerated", "repeats": 1}),
         )
 
     eager = [] if rehearse else ["--enforce-eager"]
-    bits = (Step("trial", seconds(45, 60)), Step("tour", seconds(45, 60)))
+    bits = (Step("trial", seconds(45)), Step("tour", seconds(45)))
     batch = {"prompts": 4, "rollouts": 4, "repeats": 2} if rehearse else {"prompts": 64, "rollouts": 16, "repeats": 2}
-    write_small = Step("write_model", seconds(60, 60), options={"size": "5m" if rehearse else "0.5b"})
+    write_small = Step("write_model", seconds(60), options={"size": "5m" if rehearse else "0.5b"})
     compared = {"prompts": 8, "rollouts": 4}
     graphs = server("bfloat16")
     too_big = None
@@ -141,68 +146,68 @@ def plan(here: Machine, scratch: Path, rehearse: bool, smollm2: Path | None) -> 
     no_weights = "no weights of SmolLM2 were given (--smollm2 DIRECTORY)" if smollm2 is None else None
     one_gpu = None if len(here.gpus) > 1 and not rehearse else f"this machine has {len(here.gpus)} GPUs"
     return [
-        Section("machine", (Step("versions", seconds(90, 90)),)),
+        Section("machine", (Step("versions", seconds(90)),)),
         Section(
             "eager",
             (*bits, *moves(MOVE_SECONDS, 45)),
             model=small,
             write=write_small,
             config=server("bfloat16", extra_args=eager),
-            start_seconds=seconds(120, 150),
+            start_seconds=seconds(120),
         ),
         Section(
             "graphs",
-            (*bits, Step("decode", seconds(30, 60)), Step("rollouts", seconds(90, 90), options=batch)),
+            (*bits, Step("decode", seconds(30)), Step("rollouts", seconds(90), options=batch)),
             model=small,
             write=write_small,
             config=graphs,
-            start_seconds=seconds(150, 150),
+            start_seconds=seconds(150),
         ),
-        Section("offline", (Step("offline", seconds(150, 120), options={"repeats": 2}),), model=small, config=graphs),
+        Section("offline", (Step("offline", seconds(150), options={"repeats": 2}),), model=small, config=graphs),
         Section(
             "float32",
-            (Step("reference", seconds(60, 90), options=compared),),
+            (Step("reference", seconds(60), options=compared),),
             model=tiny,
             config=server("float32", extra_args=eager),
-            start_seconds=seconds(90, 150),
+            start_seconds=seconds(90),
         ),
         Section(
             "bfloat16",
             (
-                Step("reference", seconds(60, 90), options=compared),
+                Step("reference", seconds(60), options=compared),
                 Step(
                     "landscape",
-                    seconds(120, 150),
+                    seconds(120),
                     "landscape of tiny-sorter",
                     {"prompts": 8, "rollouts": 2} if rehearse else {"prompts": 64, "rollouts": 4},
                 ),
             ),
             model=tiny,
             config=server("bfloat16"),
-            start_seconds=seconds(120, 150),
+            start_seconds=seconds(120),
         ),
         Section(
             "smollm2",
             (
                 Step(
                     "landscape",
-                    seconds(150, 600),
+                    seconds(150),
                     "landscape of SmolLM2",
                     {"prompts": 1, "rollouts": 2} if rehearse else {"prompts": 32, "rollouts": 4},
                 ),
             ),
             model=smollm2,
             config=server("bfloat16"),
-            start_seconds=seconds(120, 150),
+            start_seconds=seconds(120),
             skipped=no_weights,
         ),
         Section(
             "big",
-            (Step("trial", seconds(180, 60)), *moves(None, 180)),
+            (Step("trial", seconds(180)), *moves(None, 180)),
             model=big,
-            write=Step("write_model", seconds(90, 60), options={"size": "20m" if rehearse else "7b"}),
+            write=Step("write_model", seconds(90), options={"size": "20m" if rehearse else "7b"}),
             config=server("bfloat16", 15.0, seqs=64, extra_args=eager),
-            start_seconds=seconds(150, 150),
+            start_seconds=seconds(150),
             skipped=too_big,
         ),
         Section(
@@ -211,7 +216,7 @@ def plan(here: Machine, scratch: Path, rehearse: bool, smollm2: Path | None) -> 
             model=small,
             write=write_small,
             config=server("bfloat16", extra_args=eager, tensor_parallel_size=2),
-            start_seconds=seconds(150, 150),
+            start_seconds=seconds(150),
             skipped=one_gpu,
         ),
     ]
@@ -262,6 +267,10 @@ class Check:
             for step in section.steps:
                 await self.step(section, step, folder, None)
             return None
+        if self.left(section.start_seconds) < LEAST:
+            for label in labels:
+                self.say(section, label, NOT_RUN, 0.0, reason=f"no time is left; try --only {section.name}")
+            return None
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -301,8 +310,6 @@ class Check:
         assert section.model is not None
         log = self._output / f"server-{section.name}.log"
         limit = self.left(section.start_seconds)
-        if limit < LEAST:
-            raise RuntimeError("no time is left")
         context = serving(section.config, section.model, log)
         server = await asyncio.wait_for(context.__aenter__(), limit)
         try:
@@ -315,7 +322,7 @@ class Check:
         started = time.monotonic()
         limit = self.left(step.seconds)
         if limit < LEAST:
-            self.say(section, step.label, "skipped", 0.0, reason="no time is left; run it alone with --only")
+            self.say(section, step.label, NOT_RUN, 0.0, reason=f"no time is left; try --only {section.name}")
             return False
         given = {
             "name": step.function,
@@ -386,14 +393,22 @@ async def check(arguments: argparse.Namespace, output: Path, scratch: Path) -> i
     if unknown := sorted(set(arguments.only) - {section.name for section in sections}):
         names = ", ".join(section.name for section in sections)
         raise SystemExit(f"error: --only {' '.join(unknown)}: no such section; there are {names}")
-    checking = Check(arguments.minutes, output, scratch, arguments.rehearse)
+    minutes = arguments.minutes or MINUTES["rehearsal" if arguments.rehearse else "gpu"]
+    checking = Check(minutes, output, scratch, arguments.rehearse)
     for section in sections:
         if not arguments.only or section.name in arguments.only:
             await checking.section(section)
     words = list(checking.verdicts.values())
-    counts = {word: words.count(word) for word in ("ok", "rehearsed", "skipped", "failed")}
+    counts = {word: words.count(word) for word in ("ok", "rehearsed", "skipped", NOT_RUN, "failed")}
+    whole = not (counts["failed"] or counts[NOT_RUN])
     result = {
-        "verdict": "failed" if counts["failed"] else "rehearsed" if arguments.rehearse else "ok",
+        "verdict": "failed"
+        if counts["failed"]
+        else NOT_RUN
+        if not whole
+        else "rehearsed"
+        if arguments.rehearse
+        else "ok",
         "gpus": list(here.gpus),
         "seconds": round(time.monotonic() - checking.begun, 1),
         **counts,
@@ -403,7 +418,7 @@ async def check(arguments: argparse.Namespace, output: Path, scratch: Path) -> i
     line = json.dumps(result)
     (output / "result.json").write_text(line + "\n")
     print(line)
-    return 1 if counts["failed"] else 0
+    return 0 if whole else 1
 
 
 @contextlib.contextmanager
@@ -419,7 +434,7 @@ def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="run all of it on a CPU, with small models")
-    parser.add_argument("--minutes", type=float, default=10.0, help="time of all steps together")
+    parser.add_argument("--minutes", type=float, help="time of all steps together (default: 10, or 30 in a rehearsal)")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="only these sections")
     parser.add_argument("--smollm2", type=Path, help="a Hugging Face directory of SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu_check"))

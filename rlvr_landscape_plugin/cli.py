@@ -36,6 +36,12 @@ def _report(arguments: Sequence[str], prog: str) -> int:
     return main(arguments, prog)
 
 
+def _compare(arguments: Sequence[str], prog: str) -> int:
+    from rlvr_landscape_analysis.compare import main
+
+    return main(arguments, prog)
+
+
 def _status(arguments: Sequence[str], prog: str) -> int:
     from rlvr_landscape_plugin.sweep.status_command import main
 
@@ -83,6 +89,7 @@ COMMANDS = {
     "path": Command(_design, _CONFIGURED, "the same with design = 'path': policies along training"),
     "boundary": Command(_design, _CONFIGURED, "the same with design = 'boundary': many rollouts of the checkpoint"),
     "report": Command(_report, "DIR", "figures, tables and one HTML page from the datasets of a sweep"),
+    "compare": Command(_compare, "A B", "two runs or two datasets side by side: differences with intervals, one page"),
     "status": Command(_status, "DIR", "how far a sweep is: points, rate, time left, servers, shards, disk"),
     "snapshot": Command(_snapshot, "ls|verify DIR", "list or check the snapshots of a training run"),
     "train": Command(_train, _CONFIGURED, "train on this machine with TRL, and keep snapshots"),

@@ -34,14 +34,14 @@ def test_help_lists_every_command_and_loads_nothing():
     assert loaded == set()
 
 
-@pytest.mark.parametrize("name", ["sweep", "snapshot", "train", "serve", "cluster"])
+@pytest.mark.parametrize("name", ["sweep", "status", "snapshot", "train", "serve", "cluster"])
 def test_help_of_a_command_names_it_and_loads_no_dataset_or_model_library(name):
     out, loaded = loaded_by(name, "--help")
     assert f"rlvr-landscape {name}" in out
     assert loaded <= {"numpy", "pydantic"}
 
 
-@pytest.mark.parametrize("name", ["report"])
+@pytest.mark.parametrize("name", ["report", "compare"])
 def test_help_of_the_analysis_waits_for_no_figure(name):
     out, loaded = loaded_by(name, "--help")
     assert f"rlvr-landscape {name}" in out
@@ -73,6 +73,8 @@ def test_without_a_command_the_usage_is_an_error(capsys):
         (["sweep", "--sed", "1"], "sed"),
         (["report", "/nowhere"], "/nowhere"),
         (["snapshot", "ls", "/nowhere"], "/nowhere"),
+        (["compare", "/nowhere", "/elsewhere"], "/nowhere does not exist"),
+        (["status", "/nowhere"], "/nowhere does not exist"),
         (["train", "--objective.name", "nothing"], "nothing"),
         (["serve", "--model", "/nowhere"], "/nowhere"),
         (["cluster", "--shard", "1/2"], "cluster.shards"),

@@ -48,7 +48,10 @@ PLAIN_COMMANDS = (
     "rlvr_landscape_analysis.trainer_log",
 )
 """Modules to run that take no configuration."""
-SUBCOMMANDS = {"status": "rlvr_landscape_plugin.sweep.status_command"}
+SUBCOMMANDS = {
+    "status": "rlvr_landscape_plugin.sweep.status_command",
+    "compare": "rlvr_landscape_analysis.compare",
+}
 """Subcommands of `rlvr-landscape` whose arguments are written nowhere else → the module to run."""
 HEAD = """\
 # The public surface of this project: what users type, write into configurations, import, and find in datasets.

@@ -72,6 +72,7 @@ class Journal:
         self.root = Path(root)
         self.frame, self.identity, self.extent = frame, dict(identity), extent
         self._bases: dict[str, _Base] | None = None
+        self._names: tuple[int, PointNames] | None = None
         with writing(self.root):
             (self.root / POINTS_FOLDER).mkdir(parents=True, exist_ok=True)
         remove_stale(self.root)
@@ -81,7 +82,10 @@ class Journal:
     @property
     def names(self) -> PointNames:
         """Names of its points' files."""
-        return PointNames(self.frame, self._requests.axes, self._requests.first)
+        axes = self._requests.axes
+        if self._names is None or self._names[0] != len(axes):
+            self._names = len(axes), PointNames(self.frame, axes, self._requests.first)
+        return self._names[1]
 
     @property
     def began(self) -> tuple[dict[str, list[object]], Extent]:
@@ -270,12 +274,13 @@ class Journal:
         if problem := _wrong_point(point, cells):
             raise StoreError(f"point {place}: {problem}")
         self._requests.register()
-        for _, path in self._files_of(place):
-            self._readable(path)  # so that an unfit one does not stay
-        there = [held for held, _ in self._files_of(place)]
-        if missing(there, self.extent) == missing([*there, cells], self.extent):
-            return
         path = self.root / POINTS_FOLDER / self.names.name(place, cells)
+        if path.exists():
+            self._readable(path)  # so that an unfit one does not stay
+        if self._requests.number > 1:
+            there = [held for held, other in self._files_of(place) if self._readable(other)]
+            if missing(there, self.extent) == missing([*there, cells], self.extent):
+                return
         marks = {"file": path.name}
         if base := self.base_sha256:
             marks["base_sha256"] = base

@@ -390,7 +390,7 @@ def test_another_release_of_the_server_is_reported(grow, sweep_here, fake_server
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("files", [1, 2, 5, 9, 14])
+@pytest.mark.parametrize("files", [1, 2, 5, 12])
 def test_a_sweep_that_is_killed_while_it_grows_goes_on(grow, sweep_command, fake_server, tmp_path, files):
     """Killed after so many new files; the old dataset stays readable until the new one is whole."""
     old = grow(fake_server, *amounts(3, 4, 2))
@@ -419,12 +419,12 @@ def test_a_sweep_that_is_killed_while_it_grows_goes_on(grow, sweep_command, fake
 
 
 GROWTHS = st.lists(
-    st.tuples(st.sampled_from([2, 3, 5]), st.integers(2, 4), st.integers(2, 4), st.booleans()), min_size=2, max_size=4
+    st.tuples(st.sampled_from([2, 3]), st.integers(2, 4), st.integers(2, 4), st.booleans()), min_size=2, max_size=4
 )
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=GROWTHS)
 def test_any_sequence_of_growths_ends_where_one_sweep_would(steps, tmp_path_factory, monkeypatch):
     """Each step asks for at least what the one before had; some of them are cut in the middle."""

@@ -122,3 +122,13 @@ def test_at_most_six_steps_and_settings_stay(found, tmp_path):
     paths = figures.save_figure(drawn["ax"].figure, tmp_path / "correlation")
     assert all(path.stat().st_size > 1000 for path in paths)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_lonely_value_has_a_bar(found):
+    """A correlation that is known at one radius only: its interval as a band would be invisible."""
+    census = found.census[40].copy(deep=True)
+    census["correlation"][:-1] = np.nan
+    drawn = figures.correlation_by_radius({40: census})["series"][40]
+    (segment,) = drawn["bars"].get_segments()
+    np.testing.assert_allclose(segment[:, 1], census["correlation_interval"].sel(pair="kl_reward")[-1])
+    assert figures.correlation_by_radius({40: found.census[40]})["series"][40]["bars"] is None

@@ -360,14 +360,22 @@ def _line(
     step: int,
     place: tuple[int, int],
 ) -> dict[str, Any]:
-    """One series; `place`: which of how many. Returns `line` and `band`, or `bars` where there are many."""
+    """One series; `place`: which of how many. Returns `line` and `band`, or `bars` where there are many.
+
+    A value without a neighbour has a bar in any case: a band of one point could not be seen.
+    """
     low, high = (np.where(known, end, np.nan) for end in data[f"{name}_interval"].transpose(..., "bound").values.T)
     y = np.where(known, data[name].values, np.nan)
     index, many = place
     if many <= MAX_BANDS:
         band = ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         (line,) = ax.plot(x, y, label=f"step {step}", zorder=3, **style)
-        return {"line": line, "band": band, "bars": None}
+        near = np.pad(known, 1)
+        alone = known & ~near[:-2] & ~near[2:]
+        bars = (
+            ax.vlines(x[alone], low[alone], high[alone], color=style["color"], linewidth=0.8) if alone.any() else None
+        )
+        return {"line": line, "band": band, "bars": bars}
     x = x * 1.035 ** (index - (many - 1) / 2)
     bars = ax.vlines(x[known], low[known], high[known], color=style["color"], linewidth=0.8, alpha=0.7, zorder=2)
     (line,) = ax.plot(x, y, label=f"step {step}", zorder=3, **style)

@@ -94,7 +94,7 @@ class TrackedDisplay(Display):
         """`options` are those of the service's `init`."""
         super().__init__()
         self._service, self._options = service, options
-        self._slice, self._sent = "", 0
+        self._section, self._sent = "", 0
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -108,7 +108,7 @@ class TrackedDisplay(Display):
     def open(self, label: str, *arguments: Any) -> None:
         """A new slice; see `Display.open`."""
         super().open(label, *arguments)
-        self._slice = re.sub(r"\W+", "_", label)
+        self._section = re.sub(r"\W+", "_", label)
 
     def point(self, alpha: float, beta: float, reward: float, kl: float, seconds: float) -> None:
         """One point finished; see `Display.point`."""
@@ -124,7 +124,7 @@ class TrackedDisplay(Display):
             "points_done": self._points[0],
             "points_asked": self._points[1],
         }
-        named = {f"{self._slice}/{name}": value for name, value in values.items()}
+        named = {f"{self._section}/{name}": value for name, value in values.items()}
         self._tracker.log({**named, "sweep/points_of_this_command": self._sent})
 
 

@@ -32,6 +32,9 @@ class TrainEnvConfig(StrictConfig):
     """Episodes per task: the group that advantages are relative to."""
     max_concurrent: int = Field(default=512, ge=1)
     """Episodes in flight."""
+    runtime: Literal["subprocess"] | None = None
+    """Where a task's setup() and the rewards that need a runtime run, as in a sweep. `subprocess`: on this machine, as
+    this user and without isolation. Default: such tasksets are refused."""
 
     @model_validator(mode="after")
     def _enough(self) -> TrainEnvConfig:
@@ -272,6 +275,8 @@ class TrainConfig(StrictConfig):
             mode="json", exclude={"output", "steps", "threads", "log", "log_project", "dry_run", "server"}
         )
         del data["env"]["max_concurrent"]
+        if data["env"]["runtime"] is None:
+            del data["env"]["runtime"]
         # Runs of before there was this option continue.
         if self.evaluation.first_task is None:
             del data["evaluation"]["first_task"]

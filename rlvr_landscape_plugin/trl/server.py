@@ -47,15 +47,19 @@ class Practice:
     """Some tasks of a taskset, to be played by the server's policy. Raises `TasksetError` with the option that caused
     it."""
 
-    def __init__(self, env_id: str, taskset: Mapping[str, object], tasks: slice, option: str) -> None:
-        """`tasks`: which of the taskset's stream; `option`: where their number comes from, for messages."""
+    def __init__(
+        self, env_id: str, taskset: Mapping[str, object], tasks: slice, option: str, runtime: bool = False
+    ) -> None:
+        """`tasks`: which of the taskset's stream; `option`: where their number comes from, for messages; `runtime`:
+        whether episodes get a subprocess runtime where a task needs one."""
         self.env = open_environment(env_id, taskset)
-        self.tasks: list[vf.Task] = load_tasks(self.env, tasks.stop, option=option)[tasks]
+        self.runtime = runtime
+        self.tasks: list[vf.Task] = load_tasks(self.env, tasks.stop, runtime, option)[tasks]
 
     @classmethod
     def practised(cls, config: TrainConfig) -> Practice:
         """The tasks that the policy learns from."""
-        return cls(config.env.id, config.env.taskset, slice(0, config.env.num_tasks), "env.num_tasks")
+        return cls(config.env.id, config.env.taskset, slice(0, config.env.num_tasks), "env.num_tasks", _runtime(config))
 
     @classmethod
     def held_out(cls, config: TrainConfig) -> Practice:
@@ -64,12 +68,16 @@ class Practice:
         tasks = slice(first, first + config.evaluation.num_tasks)
         option = "evaluation.num_tasks" + (f", or env.num_tasks = {first} before them" if first else "")
         try:
-            return cls(config.env.id, config.held_out_taskset, tasks, option)
+            return cls(config.env.id, config.held_out_taskset, tasks, option, _runtime(config))
         except TasksetError as error:
             raise TasksetError(
                 f"held-out tasks (env.taskset changed by evaluation.taskset = {config.evaluation.taskset}): {error}; "
                 "evaluation.taskset = {} evaluates on later tasks of the stream that is practised"
             ) from error
+
+
+def _runtime(config: TrainConfig) -> bool:
+    return config.env.runtime is not None
 
 
 class PolicyServer:
@@ -179,6 +187,7 @@ class PolicyServer:
                 config.sampling.max_tokens,
                 self._max_model_len,
                 config.env.max_concurrent,
+                runtime=practice.runtime,
             )
 
         def seed(place: int, rollout: int, turn: int) -> int:

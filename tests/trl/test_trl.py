@@ -308,6 +308,20 @@ def test_held_out_tasks_that_do_not_exist_are_named(quiz, changes, message):
         Practice.held_out(config)
 
 
+def test_tasks_that_need_a_runtime_are_practised_where_it_is_allowed(quiz):
+    env = {"id": "runtime-quiz", "num_tasks": 1, "tasks_per_batch": 1}
+    evaluation = {"taskset": {}, "num_tasks": 2}
+    refused = TrainConfig.model_validate({"env": env, "evaluation": evaluation})
+    with pytest.raises(TasksetError, match=r"correct\(\) needs a runtime, .* env.runtime = 'subprocess' runs that"):
+        Practice.practised(refused)
+    config = TrainConfig.model_validate({"env": env | {"runtime": "subprocess"}, "evaluation": evaluation})
+    for make, count in ((Practice.practised, 1), (Practice.held_out, 2)):
+        practice = make(config)
+        assert (len(practice.tasks), practice.runtime) == (count, True)
+    assert "runtime" not in refused.provenance()["env"]
+    assert config.provenance()["env"]["runtime"] == "subprocess"
+
+
 def test_too_few_tasks_to_practise_name_their_option(quiz):
     env = {"id": "tiny-quiz", "taskset": {"count": 10}, "num_tasks": 60}
     config = TrainConfig.model_validate({"env": env, "evaluation": {"taskset": {"count": 4}}})

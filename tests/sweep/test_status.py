@@ -263,3 +263,18 @@ def test_a_disk_that_refuses_the_sign_of_life_does_not_stop_the_sweep(sweep_here
     assert code == 0
     assert said.count("will not see this process") == 1
     assert not list((tmp_path / "out").glob("process_*"))
+
+
+def test_a_sweep_that_grew_is_counted_by_what_was_asked_last(sweep_here, fake_server, tmp_path):
+    assert sweep_here(fake_server, "--env.num-prompts", "2", "--env.rollouts", "2")[0] == 0
+    small = read_status(tmp_path / "out")
+    assert (small.state, small.points, small.episodes) == ("finished", 12, 13 * 2 * 2)
+    assert sweep_here(fake_server)[0] == 0
+    grown = read_status(tmp_path / "out")
+    assert (grown.state, grown.points, grown.episodes) == ("finished", 12, EPISODES)
+    assert sweep_here(fake_server, "--grid.beta.points", "7", "--shard", "1/2")[0] == 0
+    again = read_status(tmp_path / "out")
+    assert again.points_asked == 3 * 7
+    assert 12 < again.points < again.points_asked
+    assert again.state != "finished"
+    assert again.landscapes[0].dataset is None

@@ -97,7 +97,7 @@ def _nearest(value: object, asked: Sequence[object]) -> str:
         for other in asked:
             if isinstance(other, float) and math.isclose(value, other, rel_tol=1e-9):
                 return (
-                    f", while {other!r} is asked for, which differs by rounding: twice as many intervals do not round"
+                    f", while {other!r} is asked for; rounding makes this difference, but not if intervals are halved"
                 )
     return ""
 

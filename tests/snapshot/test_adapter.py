@@ -19,6 +19,7 @@ POLICY = SHIPPED["tiny-sorter"]
 def logits_of_peft_and_ours(base: Path, adapter: Path, options: dict) -> tuple:
     """Logits of `base` with a random adapter, float32: as PEFT computes them, and from the tensors of the snapshot that
     PEFT saved in `adapter`."""
+    pytest.importorskip("peft", reason="PEFT is not installed (extra train)")
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -108,7 +108,7 @@ CASES: dict[str, Case] = {
     "gsm8k": Case(note="stand-in data"),
     "interception": Case(right=_hook),
     "kuhn_poker": Case(),
-    "nemo_gym_weather": Case(right=_weather),
+    "nemo_gym_weather": Case(right=_weather, note="verifiers waits 30 s for it"),
     "openenv_wordle": Case(note="its game is downloaded from a Hugging Face Space"),
     "proposer_solver": Case(),
     "reverse_text": Case(note="stand-in data"),

@@ -76,7 +76,7 @@ def until(condition, what, seconds=120):
     """Wait until a condition holds; its value."""
     end = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, what
+        assert time.monotonic() < end, what() if callable(what) else what
         time.sleep(0.5)
     return value
 
@@ -202,10 +202,11 @@ def test_two_shards_are_cancelled_and_the_same_command_makes_the_undivided_datas
 def test_a_job_that_slurm_takes_away_is_queued_again_and_goes_on(slurm, whole, slow_server, sweep_command, tmp_path):
     (job,) = submit(sweep_command(slow_server, *PARAMETERS))
     before = until(lambda: points(tmp_path) if len(points(tmp_path)) >= 3 else None, "no points", 300)
-    ask("scancel", "--signal", "USR2", "--full", job)
+    ask("scancel", "--signal", "USR2", job)  # to the steps, as SLURM does before the time limit
     until(lambda: "Restarts=1" in ask("scontrol", "show", "job", job), f"not queued again: {logs(tmp_path)}", 300)
     slow_server.quick = True
-    until(lambda: list(tmp_path.glob("out/landscape*.nc")), logs(tmp_path), 400)
+    shown = lambda: ask("scontrol", "show", "job", job) + logs(tmp_path)  # noqa: E731
+    until(lambda: list(tmp_path.glob("out/landscape*.nc")), shown, 400)
     xr.testing.assert_equal(dataset(tmp_path), whole)
     after = points(tmp_path)
     assert all(after[path] == content for path, content in before.items())

@@ -83,8 +83,8 @@ def test_seeds_fit_the_sampler_and_depend_on_everything(seed, prompt, rollout, t
     assert len(others | {value}) == 6
 
 
-async def test_a_portion_of_the_tasks_draws_what_it_draws_among_all():
-    """The seed belongs to the task's place in the whole set, wherever a portion begins."""
+async def test_a_portion_draws_what_it_draws_among_all():
+    """The seed belongs to the place of task and rollout in the whole set, wherever a portion begins."""
 
     class Runner:
         async def batch(self, tasks, rollouts, seed, progress):
@@ -92,8 +92,9 @@ async def test_a_portion_of_the_tasks_draws_what_it_draws_among_all():
 
     anything: Any = Runner()
     meter = PointMeter(anything, anything, list("abcde"), 2, 7, SurrogateConfig())  # pyright: ignore[reportArgumentType]
-    whole = await meter._sample("fresh", range(5), 2, lambda: None)
-    assert await meter._sample("fresh", range(2, 4), 2, lambda: None) == whole[2:4]
+    whole = await meter._sample("fresh", range(5), range(4), lambda: None)
+    assert await meter._sample("fresh", range(2, 4), range(4), lambda: None) == whole[2:4]
+    assert await meter._sample("fresh", range(2, 4), range(1, 3), lambda: None) == [row[1:3] for row in whole[2:4]]
     assert whole[2][1] == ("c", sampling_seed(7, "fresh", 2, 1, 1))
 
 

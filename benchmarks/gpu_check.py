@@ -447,7 +447,11 @@ def main() -> int:
     if arguments.smollm2 is not None and not (arguments.smollm2 / "config.json").exists():
         raise SystemExit(f"error: --smollm2 {arguments.smollm2}: no config.json there")
     with directories(arguments.output) as (output, scratch):
-        return asyncio.run(check(arguments, output, scratch))
+        try:
+            return asyncio.run(check(arguments, output, scratch))
+        except KeyboardInterrupt:
+            print(f"stopped; what was measured is in {output}", file=sys.stderr)
+            return 130
 
 
 if __name__ == "__main__":

@@ -389,6 +389,8 @@ class Study:
             "commit": _commit(),
         }
         spent = entry["seconds"]
+        # A kill leaves no time to say that it was begun.
+        self._keep(stage.name, entry)
         try:
             code = next((code for command in stage.commands if (code := self._run(command))), 0)
         finally:

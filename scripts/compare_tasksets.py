@@ -294,7 +294,9 @@ async def compare(
         except (LandscapeError, OSError, ImportError) as error:
             message = re.sub(r"\s+", " ", str(error)).replace("|", "\\|").replace(str(folder), "…")
             note = f" ({case.note})" if case.note else ""
-            return f"| `{env_id}` | not measured | | {message[:330]}{note} | |"
+            if len(message) > 400:
+                message = f"{message[:130]} … {message[-250:]}"  # a traceback ends with what happened
+            return f"| `{env_id}` | not measured | | {message}{note} | |"
 
 
 def _opened(env_id: str, case: Case, taskset: dict[str, object], most: int) -> tuple[EnvConfig, OpenedTaskset]:

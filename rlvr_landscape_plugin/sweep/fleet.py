@@ -57,6 +57,8 @@ class Fleet:
         self._config, self._snapshots, self._display = config, snapshots, display
         self._stack = contextlib.AsyncExitStack()
         self._pool: Pool[Server] | None = None
+        self.needed = False
+        """Whether anything was to be measured."""
 
     async def __aenter__(self) -> Fleet:
         return self
@@ -66,6 +68,7 @@ class Fleet:
 
     async def pool(self, first: Snapshot) -> Pool[Server]:
         """The servers; one that is started here starts with the snapshot `first`."""
+        self.needed = True
         if self._pool is None:
             config, say = self._config, self._display.say
             servers = await self._stack.enter_async_context(self._servers(first))

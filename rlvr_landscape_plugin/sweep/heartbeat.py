@@ -1,7 +1,8 @@
 """A sign of life: what a process of a sweep is doing, written every few seconds for `rlvr-landscape status`.
 
-`OUTPUT/process_<i>of<n>.json` is replaced as a whole each time. It is no part of what is measured: nothing reads it but
-`status.py`, and a sweep without it continues as usual.
+`OUTPUT/process_<i>of<n>.json` is replaced as a whole each time, from the first time that servers are needed: a sweep
+that is finished already, or refused, leaves its directory as it is. It is no part of what is measured: nothing reads it
+but `status.py`, and a sweep without it continues as usual.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 EVERY = 5.0
 """Seconds between two signs of life."""
+FIRST = 0.2
+"""Seconds between two looks whether there is anything to report yet."""
 MEASURING, FINISHED, FAILED, INTERRUPTED = "measuring", "finished", "failed", "interrupted"
 """States that a process can report."""
 
@@ -66,6 +69,8 @@ class Heartbeat:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._end.set()
         self._thread.join()
+        if not self._begun:
+            return
         if error is None:
             self._write(FINISHED)
         elif isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
@@ -73,10 +78,15 @@ class Heartbeat:
         else:
             self._write(FAILED, str(error) if isinstance(error, LandscapeError) else f"{type(error).__name__}: {error}")
 
+    @property
+    def _begun(self) -> bool:
+        return self.fleet is None or self.fleet.needed
+
     def _beat(self) -> None:
         while not self._end.is_set():
-            self._write(MEASURING)
-            self._end.wait(EVERY)
+            if self._begun:
+                self._write(MEASURING)
+            self._end.wait(EVERY if self._begun else FIRST)
 
     def _write(self, state: str, error: str = "") -> None:
         seen = self._display.state()

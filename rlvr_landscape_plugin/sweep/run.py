@@ -57,11 +57,15 @@ async def run_sweep(config: SweepConfig, display: Display, heartbeat: Heartbeat 
     opened = open_tasks(config.env)
     check_chat([snapshots[0].model, *(snapshot.path for snapshot in snapshots)], opened.tasks)
     config = with_path(config, opened, snapshots[0], display)
+    fleet = Fleet(config, snapshots, display)
     async with contextlib.AsyncExitStack() as stack:
         if heartbeat is None:
-            heartbeat = await stack.enter_async_context(Heartbeat(config, display))
-            heartbeat.steps = [snapshot.step for snapshot in snapshots]
-        fleet = heartbeat.fleet = await stack.enter_async_context(Fleet(config, snapshots, display))
+            own = Heartbeat(config, display)
+            own.steps, own.fleet = [snapshot.step for snapshot in snapshots], fleet
+            await stack.enter_async_context(own)
+        else:
+            heartbeat.fleet = fleet
+        await stack.enter_async_context(fleet)
         return await Sweep(config, snapshots, opened.env, opened.tasks, fleet, display).run()
 
 

@@ -388,7 +388,8 @@ def test_help_loads_no_statistics():
 
 def test_the_page_s_parts_are_in_the_package():
     folder = Path(module.__file__).parent / "assets"
-    assert sorted(os.listdir(folder)) == ["glossary.html", "macros.html", "report.css", "report.js", "template.html"]
+    parts = ["comparison.html", "glossary.html", "macros.html", "report.css", "report.js", "template.html"]
+    assert sorted(os.listdir(folder)) == parts
 
 
 @pytest.mark.parametrize(("steps", "panels"), [((0,), set()), ((0, 10), {"panels", "panels_shared"})])

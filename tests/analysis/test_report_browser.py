@@ -164,15 +164,17 @@ def test_the_policy_stops_what_is_slipped_in(visit, report, tmp_path):
     assert opened.requests == []
 
 
-def test_claims_come_first(visit, report):
+def test_a_sentence_per_claim_and_one_large_map_come_first(visit, report):
     opened = visit(report)
     tops = opened.page.evaluate(
         "() => ['claims', 'evidence', 'tables', 'provenance', 'glossary'].map((id) => "
         "document.getElementById(id).getBoundingClientRect().top)"
     )
     assert tops == sorted(tops)
-    first = opened.page.locator("main > *").first
-    assert first.get_attribute("id") == "claims"
+    sentences = opened.page.locator("header .opening li a").all_text_contents()
+    assert sentences == ["T1", "T2", "T3"], "one sentence per claim before anything else"
+    first = opened.page.locator("main > *")
+    assert [first.nth(i).get_attribute("id") for i in (0, 1)] == [landscape_name(KEY), "claims"]
     assert [badge.strip() for badge in opened.page.locator(".claim .badge").all_text_contents()] == [
         "supported",
         "undecided at this sample size",

@@ -93,7 +93,7 @@ def test_a_sweep_that_goes_on_is_killed_and_lacks_shards(fake_server, sweep_comm
     process = start_fake_sweep(sweep_command(fake_server, "--shard", "2/3", "--slice.seeds", "[0, 1]"))
     try:
         until = time.monotonic() + 300
-        while not stuck or read_status(output).processes[0].slice == "":
+        while not stuck or not (seen := read_status(output).processes) or seen[0].slice == "":
             assert time.monotonic() < until
             time.sleep(0.2)
         status = read_status(output)

@@ -68,17 +68,11 @@ class Fleet:
 
     async def pool(self, first: Snapshot) -> Pool[Server]:
         """The servers; one that is started here starts with the snapshot `first`."""
-        self.needed = True
         if self._pool is None:
             config, say = self._config, self._display.say
             servers = await self._stack.enter_async_context(self._servers(first))
             self._pool = Pool(servers, config.server.patience if config.server.urls else 0.0, say)
         return self._pool
-
-    @property
-    def started(self) -> bool:
-        """Whether the servers were needed before."""
-        return self._pool is not None
 
     @property
     def failures(self) -> int:

@@ -110,6 +110,7 @@ class Sweep:
         missing = [0 if self.is_kept(plan) else len({portion.place for portion in plan.missing()}) for plan in plans]
         open_plans = [plan for plan, count in zip(plans, missing, strict=True) if count or not plan.concluded]
         if open_plans:
+            self.begin()
             first = "" if self.config.until_ci_width is None else " first"
             slices = sum(len(plan.design.slices) for plan in open_plans)
             total = sum(len(plan.points) for plan in plans)
@@ -125,11 +126,16 @@ class Sweep:
         return plan.refinement is None and holds(plan.journal, plan.dataset) and plan.concluded
 
     async def pool(self, first: Snapshot) -> Pool[Server]:
-        """The servers; before the first time, the snapshots' tensors are checked, which a finished sweep need not
-        wait for."""
-        if not self.fleet.started:
-            check_tensors(self.snapshots)
+        """The servers, which only snapshots that fit get."""
+        self.begin()
         return await self.fleet.pool(first)
+
+    def begin(self) -> None:
+        """Where something is to be measured, which a finished sweep need not wait for: raise `SnapshotError` unless the
+        tensors of all snapshots fit their architectures."""
+        if not self.fleet.needed:
+            check_tensors(self.snapshots)
+            self.fleet.needed = True
 
     def prompts(self, count: int) -> str:
         """Hash of the first `count` tasks."""
@@ -177,7 +183,9 @@ class Sweep:
         return PointMeter(client, runner, self.tasks, env.rollouts, config.seed, config.surrogate, env.base_rollouts)
 
     async def plans(self, snapshot: Snapshot) -> list[Plan]:
-        """The plans of the designs around one snapshot."""
+        """The plans of the designs around one snapshot, whose journals are begun where there are none."""
+        if not any(Path(self.config.output).glob(f"step{snapshot.step:06d}_*/journal.json")):
+            self.begin()
         trajectory = Trajectory.around(snapshot, self.config.slice.run, self.known)
         around = Surroundings(trajectory, Path(self.config.output).resolve() / DIRECTIONS_FOLDER)
         if self.config.grid.find is not None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
+with contextlib.suppress(ImportError):
+    # vLLM imports it late, and it refuses to load once a library has loaded parts of the standard library's distutils.
+    import setuptools  # noqa: F401
+
 import asyncio
 import importlib.util
 import json

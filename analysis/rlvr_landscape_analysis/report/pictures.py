@@ -213,6 +213,13 @@ _ROWS = (
 )
 
 
+def _place(ax: Axes) -> list[float]:
+    """Left, bottom, width and height of the axes as fractions of the image that was drawn last."""
+    box, whole = ax.get_window_extent(), figure_of(ax).bbox
+    parts = (box.x0 / whole.width, box.y0 / whole.height, box.width / whole.width, box.height / whole.height)
+    return [float(part) for part in parts]
+
+
 def hover_data(values: xr.Dataset, ax: Axes) -> dict[str, Any]:
     """What the page needs to show a landscape's values under the pointer.
 
@@ -220,7 +227,6 @@ def hover_data(values: xr.Dataset, ax: Axes) -> dict[str, Any]:
     `alpha`, `beta`, ascending; `rows`: for every quantity its name, values and standard errors (or null), indexed
     [alpha][beta], null where missing.
     """
-    box, whole = ax.get_window_extent(), figure_of(ax).bbox
     ordered = values.sortby(list(GRID))
 
     def matrix(name: str) -> list[list[float | None]]:
@@ -228,15 +234,7 @@ def hover_data(values: xr.Dataset, ax: Axes) -> dict[str, Any]:
         return [[_number(value) for value in row] for row in found]
 
     return {
-        "axes": [
-            float(fraction)
-            for fraction in (
-                box.x0 / whole.width,
-                box.y0 / whole.height,
-                box.width / whole.width,
-                box.height / whole.height,
-            )
-        ],
+        "axes": _place(ax),
         "xlim": [float(limit) for limit in ax.get_xlim()],
         "ylim": [float(limit) for limit in ax.get_ylim()],
         "alpha": [float(a) for a in ordered["alpha"].values],
@@ -288,7 +286,6 @@ def frontier_data(census: xr.Dataset, paths: xr.Dataset | None, ax: Axes) -> dic
     x, y = names[1], "reward minus the checkpoint's"
     drawn = [one for one in policies if one[x] > 0 and math.isfinite(one[x]) and math.isfinite(one[y])]
     drawn.sort(key=lambda one: one[x])
-    box, whole = ax.get_window_extent(), figure_of(ax).bbox
     screen = ax.transData.transform([(one[x], one[y]) for one in drawn])
     inside = ax.transAxes.inverted().transform(screen)
 
@@ -296,15 +293,7 @@ def frontier_data(census: xr.Dataset, paths: xr.Dataset | None, ax: Axes) -> dic
         return value if value is None or isinstance(value, str) else _number(value)
 
     return {
-        "axes": [
-            float(fraction)
-            for fraction in (
-                box.x0 / whole.width,
-                box.y0 / whole.height,
-                box.width / whole.width,
-                box.height / whole.height,
-            )
-        ],
+        "axes": _place(ax),
         "x": [float(f"{place:.5g}") for place in inside[:, 0]],
         "y": [float(f"{place:.5g}") for place in inside[:, 1]],
         "rows": [{"name": name, "values": [shown(one.get(name)) for one in drawn]} for name in names],

@@ -42,7 +42,8 @@ check: lint  ## the fast loop: lint, types and every test that needs no server
 	$(PYTHON) -m pytest -n 2 -m "not server and not slow and not nightly"
 
 test: lint  ## lint, then every test that this machine can run
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 -m "not server and not slow and not nightly"
+	$(PYTHON) -m pytest -m "(server or slow) and not nightly"
 
 benchmarks: setup  ## the benchmarks whose numbers docs/benchmarks.md quotes
 	$(PYTHON) benchmarks/rollouts.py

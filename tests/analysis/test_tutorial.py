@@ -19,6 +19,8 @@ TUTORIAL = Path(__file__).parents[2] / "analysis" / "examples" / "tutorial.py"
 def test_a_notebook_s_arguments_are_no_run(monkeypatch, notebook, arguments, expected):
     monkeypatch.setattr(sys, "argv", ["tutorial.py", *arguments])
     monkeypatch.setattr(synthetic, "write_run", lambda *_, **__: None)
+    # Another test may have run a notebook in this process.
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     if notebook:
         monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     opening, following = TUTORIAL.read_text().split("# 1. ")

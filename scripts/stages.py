@@ -49,6 +49,8 @@ class Stage:
     seeds: tuple[int, ...] = ()
     last_evaluation: int | None = None
     """Of training: the step whose evaluation ends it."""
+    after: int | None = None
+    """Of training that continues a run: the step until which an earlier stage has trained."""
     always: bool = False
     """Whether it runs again each time: what it makes depends on which other stages are done."""
 
@@ -91,9 +93,14 @@ def rollouts_of(stage: Stage) -> int:
             configuration = json.loads(path.read_text())["configuration"]
             batch = configuration["env"]["tasks_per_batch"] * configuration["env"]["rollouts"]
             evaluated = configuration["evaluation"]["num_tasks"] * configuration["evaluation"]["rollouts"]
-            total += batch * len(json_lines(path.with_name(METRICS_FILE)))
-            total += evaluated * len(json_lines(path.with_name(EVALUATIONS_FILE)))
+            total += batch * _count(path.with_name(METRICS_FILE), stage.after)
+            total += evaluated * _count(path.with_name(EVALUATIONS_FILE), stage.after)
     return total
+
+
+def _count(journal: Path, after: int | None) -> int:
+    """Lines of a journal, of the steps after `after` only."""
+    return sum(after is None or line["step"] > after for line in json_lines(journal))
 
 
 class StudyError(Exception):

@@ -337,10 +337,10 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]
         analyses += [analyse_evidence(run, bootstrap=settings) for run in controls]
     keep(data, page / "data")
     text = (
-        _environment(page)
+        environment(page)
         .get_template("study_page.md.j2")
         .render(
-            **_sizes(data.record),
+            **sizes(data.record),
             not_done=", ".join(
                 name for name in expected if not data.record.get(name, {}).get("done") and name != "page"
             ),
@@ -361,7 +361,7 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]
     return [write_whole(page / "README.md", text.encode()), *written]
 
 
-def _environment(page: Path) -> Environment:
+def environment(page: Path) -> Environment:
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -369,7 +369,7 @@ def _environment(page: Path) -> Environment:
     return made
 
 
-def _sizes(record: Mapping[str, Any]) -> dict[str, str]:
+def sizes(record: Mapping[str, Any]) -> dict[str, str]:
     """The run in numbers."""
     done = [entry for name, entry in record.items() if entry["done"] and name != "page"]
     hours = sum(entry["seconds"] for entry in record.values()) / 3600

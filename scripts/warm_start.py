@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+RECORD = "warm_start.json"
+"""File beside the weights: what they were trained on and how, the mean loss of the last ten steps, the seconds."""
 SEED = 101
 """Task seed of the worked solutions. GRPO practises seed 7, evaluations take 2001 and landscapes 12345."""
 
@@ -103,32 +105,47 @@ def main() -> None:
         parser.error("--steps, --batch and --threads must be at least 1")
     if "seed" in args.taskset:
         parser.error(f"--taskset: seed is {SEED} here, so that other seeds stay unseen; leave it out")
-    if args.out.exists():
-        raise SystemExit(f"error: {args.out} exists; give another --out")
-
     from rlvr_landscape_plugin.errors import LandscapeError
     from rlvr_landscape_plugin.files import publish_directory
     from rlvr_landscape_plugin.snapshot import open_snapshot
 
     started = time.monotonic()
-    losses: list[float] = []
     try:
-        model = open_snapshot(args.model).path
+        start = open_snapshot(args.model)
         examples(1, args.taskset)  # options that cannot work, before anything is loaded
+        settings = {
+            "start": start.sha256,
+            "steps": args.steps,
+            "batch": args.batch,
+            "lr": args.lr,
+            "seed": args.seed,
+            "taskset": args.taskset,
+        }
+        if args.out.exists():
+            if recorded(args.out) != settings:
+                raise SystemExit(f"error: {args.out} exists, and no warm start with these options; give another --out")
+            print(f"{args.out} is there already")
+            return
 
         def fill(out: Path) -> None:
-            losses.append(train(model, out, args.steps, args.batch, args.lr, args.taskset, args.seed, args.threads))
+            loss = train(start.path, out, args.steps, args.batch, args.lr, args.taskset, args.seed, args.threads)
+            found = {"settings": settings, "loss": loss, "seconds": round(time.monotonic() - started)}
+            (out / RECORD).write_text(json.dumps(found, indent=1) + "\n")
 
         publish_directory(args.out, fill)
-        found = open_snapshot(args.out)
+        made = open_snapshot(args.out)
     except (LandscapeError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    seconds = round(time.monotonic() - started)
-    print(
-        json.dumps(
-            {"out": str(args.out), "steps": args.steps, "loss": losses[0], "seconds": seconds, "sha256": found.sha256}
-        )
-    )
+    found = json.loads((args.out / RECORD).read_text())
+    print(json.dumps({"out": str(args.out), **found, "sha256": made.sha256}))
+
+
+def recorded(out: Path) -> object:
+    """The settings that a directory was made with; None where it holds no warm start."""
+    try:
+        return json.loads((out / RECORD).read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 if __name__ == "__main__":

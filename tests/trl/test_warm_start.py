@@ -46,6 +46,8 @@ def test_a_few_steps_make_the_replies_likelier(tmp_path):
     assert kept == (TINY / "chat_template.jinja").read_bytes()
     again = run("--model", str(TINY), "--out", str(tmp_path / "b"))
     assert (again.returncode, "exists" in again.stderr) == (1, True)
+    same = run("--model", str(TINY), "--out", str(tmp_path / "b"), "--steps", "20", "--batch", "4", "--lr", "1e-3")
+    assert (same.returncode, "is there already" in same.stdout) == (0, True), same.stderr
 
 
 @pytest.mark.parametrize(

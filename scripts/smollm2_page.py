@@ -1,0 +1,197 @@
+"""The SmolLM2 study's page: tables and figures of the stages that are done.
+
+    python scripts/smollm2_page.py outputs/smollm2 --page results/smollm2
+
+Written into its directory: README.md (from smollm2_page.md.j2), what `rlvr_landscape_analysis.study` writes, the figure
+of the training run, and `data` with every dataset and journal that was read, so that the same command makes the page
+again from there (`python scripts/smollm2_page.py results/smollm2/data --page results/smollm2`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from rlvr_landscape_analysis import open_landscape
+from rlvr_landscape_analysis.errors import AnalysisError
+from rlvr_landscape_analysis.evidence import analyse_evidence, open_evidence
+from rlvr_landscape_analysis.figures import new_figure, panel_aspect, reward_landscape, save_figure
+from rlvr_landscape_analysis.landscape import per_prompt
+from rlvr_landscape_analysis.report.files import write_whole
+from rlvr_landscape_analysis.results import Claim
+from rlvr_landscape_analysis.schema import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE
+from rlvr_landscape_analysis.statistics.resample import Bootstrap
+from rlvr_landscape_analysis.statistics.wording import number, sampled
+from rlvr_landscape_analysis.study import write_study
+from rlvr_landscape_analysis.trainer_log import open_training, write
+
+sys.path.insert(0, str(Path(__file__).parent))
+from study_page import Data, boundary_rows, chosen_figures, environment, frontier_rows, sizes, stage_rows
+
+RUN = "grpo"
+DESIGNS = ("census_start", "census", "path", "boundary")
+"""Directories of the run that hold censuses, paths and boundaries."""
+GRID, CHECK, WARM = "grid", "kl_check.json", "warm_start.json"
+
+
+def read(out: Path) -> Data:
+    """Everything that is there. Raises `AnalysisError` where the output is none of a study."""
+    record = _json(out / "record.json", "give the output directory of a study")
+    try:
+        data = Data(out, record["stages"], {}, {}, {})
+    except (KeyError, TypeError) as error:
+        raise AnalysisError(f"{out / 'record.json'} is damaged: {error!r}") from error
+    folder = out / RUN
+    if (folder / "run" / EVALUATIONS_FILE).is_file():
+        data.training[RUN] = open_training(folder / "run")
+    found = [folder / name for name in DESIGNS if any((folder / name).glob("*_step*.nc"))]
+    if found:
+        data.evidence[RUN] = open_evidence(*found, name=RUN)
+    return data
+
+
+def _json(file: Path, hint: str) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise AnalysisError(f"{file} is missing; {hint}") from error
+    except ValueError as error:
+        raise AnalysisError(f"{file} is damaged: {error}") from error
+
+
+def keep(out: Path, target: Path) -> None:
+    """Copy what the page is made of to `target`, in the same places."""
+    if target.resolve() == out.resolve():
+        return
+    files = [out / "record.json", out / "warm" / WARM, out / RUN / CHECK]
+    files += [out / RUN / "run" / name for name in (RUN_FILE, METRICS_FILE, EVALUATIONS_FILE)]
+    for name in (*DESIGNS, GRID):
+        files += sorted((out / RUN / name).glob("*_step*.nc"))
+    for file in files:
+        if file.is_file():
+            copy = target / file.relative_to(out)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def training_words(run: xr.Dataset, configuration: dict[str, Any]) -> dict[str, Any]:
+    """The evaluations as rows, and in words what was trained."""
+    rows = []
+    for at, step in enumerate(run["look"].values.tolist()):
+        bounds = tuple(float(value) for value in run["gain_interval"].values[at])
+        gain = number(float(run["gain"][at]), bounds, digits=3) if step else "0"
+        rows.append(
+            (str(int(step)), f"{float(run['held_out'][at]):.3f}", gain, f"{float(run['held_out_entropy'][at]):.3f}")
+        )
+    env, held_out = configuration["env"], configuration["evaluation"]
+    lora = configuration.get("lora")
+    trained = "all weights" if lora is None else f"a LoRA adapter of rank {lora['rank']}"
+    what = (
+        f"{trained}, {env['tasks_per_batch']} tasks × {env['rollouts']} rollouts a step, "
+        f"{configuration['optimizer']['name']} with rate {configuration['optimizer']['lr']:g}; held out: "
+        f"{held_out['num_tasks']} tasks × {held_out['rollouts']} rollouts"
+    )
+    low = float(run["gain_interval"].values[-1][0])
+    return {"rows": rows, "what": what, "beyond": bool(low > 0), "options": json.dumps(env["taskset"])}
+
+
+def step_seconds(metrics: Path) -> list[tuple[str, str]]:
+    """Where the time of a training step goes: mean seconds of its parts."""
+    lines = [json.loads(text) for text in metrics.read_text().splitlines()]
+    names = {
+        "seconds": "a step",
+        "seconds_push": "new weights to the server",
+        "seconds_rollouts": "episodes",
+        "seconds_forward": "forward pass of the update",
+    }
+    return [
+        (words, f"{sum(line[name] for line in lines) / len(lines):.1f}")
+        for name, words in names.items()
+        if lines and all(name in line for line in lines)
+    ]
+
+
+def draw_grid(files: Sequence[Path], folder: Path) -> list[tuple[str, str]]:
+    """Maps of the 2-D slices: file and caption."""
+    drawn = []
+    for file in files:
+        data = open_landscape(file)
+        map_ = per_prompt(data)
+        figure, ax = new_figure(aspect=panel_aspect(map_))
+        reward_landscape(map_, ax)
+        save_figure(figure, folder / file.stem)
+        drawn.append((f"{folder.name}/{file.stem}.png", f"Reward and KL around step {int(data['step'])}"))
+    return drawn
+
+
+def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> Path:
+    """Write everything; returns the page. `expected`: names of all stages, to say which are missing."""
+    data, settings = read(out), Bootstrap()
+    page.mkdir(parents=True, exist_ok=True)
+    training: dict[str, Any] | None = None
+    seconds: list[tuple[str, str]] = []
+    if data.training:
+        write(data.training, page)
+        root = out / RUN / "run"
+        configuration = _json(root / RUN_FILE, "it belongs to the training run")["configuration"]
+        training = training_words(data.training[RUN], configuration)
+        seconds = step_seconds(root / METRICS_FILE)
+    claims: list[Claim] = []
+    figures: list[tuple[str, str]] = []
+    frontier: list[tuple[str, ...]] = []
+    if data.evidence:
+        run = data.evidence[RUN]
+        claims, _ = write_study([run], page / RUN, settings=settings)
+        figures = [(f"{RUN}/figures/{file}", words) for file, words in chosen_figures(page / RUN, run.name)]
+        frontier = frontier_rows([analyse_evidence(run, bootstrap=settings)])
+    grids = draw_grid(sorted((out / RUN / GRID).glob("landscape_step*.nc")), page / GRID)
+    keep(out, page / "data")
+    text = (
+        environment(page)
+        .get_template("smollm2_page.md.j2")
+        .render(
+            **sizes(data.record),
+            not_done=", ".join(
+                name for name in expected if not data.record.get(name, {}).get("done") and name != "page"
+            ),
+            warm=_json(out / "warm" / WARM, "") if (out / "warm" / WARM).is_file() else None,
+            training=training,
+            seconds=seconds,
+            claims=claims,
+            sampled=sampled,
+            figures=figures,
+            grids=grids,
+            frontier=frontier,
+            # Which tasks they are is the same in every row.
+            boundaries=[(row[0], *row[2:]) for row in boundary_rows(data)],
+            check=_json(out / RUN / CHECK, "") if (out / RUN / CHECK).is_file() else None,
+            stages_table=stage_rows(data.record),
+        )
+    )
+    return write_whole(page / "README.md", text.encode())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("output", type=Path, help="output directory of the study")
+    made.add_argument("--page", type=Path, required=True, metavar="DIR", help="where the page goes")
+    made.add_argument("--expected", nargs="*", default=[], metavar="STAGE", help="all stages, to say what is missing")
+    given = made.parse_args(argv)
+    try:
+        written = make_page(given.output, given.page, given.expected)
+    except (AnalysisError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"page {written}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

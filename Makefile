@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 STAGES ?=
 STUDY ?=
 
-.PHONY: help setup landscape reproduce study smollm2 smollm2-study check test lint figures benchmarks clean
+.PHONY: help setup landscape reproduce study smollm2 smollm2-study lora-study check test lint figures benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -29,6 +29,9 @@ smollm2: setup  ## download SmolLM2-135M-Instruct (89 MB) and make a snapshot of
 
 study: setup  ## the laptop study in stages, about 6.5 hours in all; STAGES="train-* page" for some, STUDY="--short" for toy size
 	set -f; $(PYTHON) scripts/study.py $(STUDY) $(STAGES)
+
+lora-study: setup  ## train an adapter, and measure inside and outside the subspace in which it can move; STAGES and STUDY as for `make study`
+	set -f; $(PYTHON) scripts/lora_study.py $(STUDY) $(STAGES)
 
 smollm2-study: setup  ## SmolLM2 learns word problems, and what lies around it, in stages; STAGES and STUDY as for `make study`
 	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install "gguf>=0.17"

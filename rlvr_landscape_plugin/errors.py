@@ -33,6 +33,10 @@ class ServerUnreachableError(ServerError):
     """A server that does not answer, or stopped answering."""
 
 
+class ServerRefusalError(ServerError):
+    """A server that refuses what it is asked, and would refuse it again."""
+
+
 class StoreError(LandscapeError, RuntimeError):
     """A result directory that cannot be written, or that belongs to something else."""
 

@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from rlvr_landscape_plugin.errors import ServerError, ServerUnreachableError
+from rlvr_landscape_plugin.errors import ServerError, ServerRefusalError, ServerUnreachableError
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.serving.protocol import (
     PROTOCOL,
@@ -36,6 +36,8 @@ FLUSH_SECONDS = 0.01
 """How long a turn waits for others that become ready with it."""
 MAX_BATCH = 256
 """Turns (or sequences) in one POST."""
+REFUSALS = {401, 403, 404, 413, 422}
+"""Status codes of an answer that the same request would get again."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class LandscapeClient:
                 method, self.url + route, data=body, headers={"Content-Type": "application/json"}
             ) as response:
                 if response.status != 200:
-                    raise ServerError(f"{self.url}{route}: {await _words(response)}")
+                    kind = ServerRefusalError if response.status in REFUSALS else ServerError
+                    raise kind(f"{self.url}{route}: {await _words(response)}")
                 self.answered = time.time()
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -159,6 +162,11 @@ class LandscapeClient:
         facts = await self._json("POST", "/landscape/load", body)
         self._load = facts["load"]
         return facts
+
+    @property
+    def loaded(self) -> str | None:
+        """Name of this client's last load; None before the first."""
+        return self._load
 
     async def move(self, alpha: float, beta: float) -> MoveResult:
         """Set the weights to θ + α δ + β η and empty every cache. Atomic: see endpoint.py for what a failure leaves.

@@ -30,7 +30,7 @@ from rlvr_landscape_plugin.files import file_sha256, publish_directory
 from rlvr_landscape_plugin.snapshot.adapter import CONFIG, Adapter, read_adapter
 from rlvr_landscape_plugin.snapshot.manifest import FORMAT, MANIFEST, FileEntry, Manifest, outside
 from rlvr_landscape_plugin.snapshot.references import SHIPPED, hub_directory, locate
-from rlvr_landscape_plugin.snapshot.tensors import DTYPES, TensorInfo, read_tensor, safetensors_header
+from rlvr_landscape_plugin.snapshot.tensors import DTYPES, TensorInfo, check_finite, read_tensor, safetensors_header
 
 _INDEX = "model.safetensors.index.json"
 
@@ -88,6 +88,13 @@ class Snapshot:
     def read(self, name: str) -> np.ndarray:
         """One tensor as stored (bfloat16 as float32); raises `SnapshotError` naming file and tensor."""
         return read_tensor(self.tensors, name)
+
+    def check_finite(self) -> None:
+        """Read every weight; raises `SnapshotError` naming file and tensor where one is NaN or infinite.
+
+        Of an adapter its own file: `base` is a snapshot of its own.
+        """
+        check_finite(self.tensors if self.adapter is None else safetensors_header(self.adapter.file))
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest; raises `SnapshotError` naming the first that differs.

@@ -14,6 +14,15 @@ from rlvr_landscape_plugin.errors import SnapshotError
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """Dtypes that a direction can move: safetensors' name → NumPy's, bfloat16 as its bits."""
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "F16": ("<u2", 0x1F << 10),
+    "BF16": ("<u2", 0xFF << 7),
+}
+"""Dtype → its bits as integers, and those of the exponent, which are all set in NaN and infinity only."""
+_CHUNK = 1 << 24
+"""Elements that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,21 @@ def read_tensor(tensors: Mapping[str, TensorInfo], name: str) -> np.ndarray:
         return tensors[name].read()
     except SnapshotError as error:
         raise SnapshotError(f"tensor {name!r}: {error}") from error
+
+
+def check_finite(tensors: Mapping[str, TensorInfo]) -> None:
+    """Read every value; raises `SnapshotError` naming file and tensor where one is NaN or infinite."""
+    for name, info in tensors.items():
+        kind, exponent = _EXPONENTS[info.dtype]
+        dtype, size = np.dtype(kind), math.prod(info.shape)
+        for first in range(0, size, _CHUNK):
+            count = min(_CHUNK, size - first)
+            bits = np.fromfile(info.file, dtype, count, offset=info.start + first * dtype.itemsize)
+            if ((bits & dtype.type(exponent)) == exponent).any():
+                raise SnapshotError(
+                    f"{info.file} holds NaN or infinity in tensor {name!r}: training has diverged there, or the file "
+                    "is damaged; leave this snapshot out"
+                )
 
 
 def write_safetensors(file: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:

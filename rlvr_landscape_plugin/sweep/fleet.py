@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlvr_landscape_analysis.schema import DIRECTIONS_FOLDER
 
-from rlvr_landscape_plugin.errors import ServerError, ServerUnreachableError
+from rlvr_landscape_plugin.errors import ServerError, ServerRefusalError, ServerUnreachableError
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.sweep.pool import Pool
 
@@ -48,6 +48,20 @@ def facts_to_keep(facts: JsonObject) -> JsonObject:
     files."""
     kept = {key: value for key, value in facts.items() if key not in ("at", "loaded", "state", "version")}
     return kept | {"model": Path(str(facts["model"])).name}
+
+
+def check_server(config: ServerConfig, url: str, facts: JsonObject) -> None:
+    """Raise `ServerRefusalError` where a server of `urls` is another one than the configuration asks for by name."""
+    if not config.urls:
+        return
+    asked = {key: getattr(config, key) for key in ("dtype", "max_model_len") if key in config.model_fields_set}
+    asked["dtype"] = {"auto": None, "half": "float16", "float": "float32"}.get(config.dtype, config.dtype)
+    for key, value in asked.items():
+        if value is not None and facts[key] != value:
+            raise ServerRefusalError(
+                f"{url} has {key} {facts[key]}, not server.{key} = {getattr(config, key)}, which cannot change a "
+                f"server that already runs; leave server.{key} out, or start the server with it"
+            )
 
 
 class Fleet:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rlvr_landscape_plugin.directions import PreparedSlice
     from rlvr_landscape_plugin.display import Display
     from rlvr_landscape_plugin.episodes import Rollout
+    from rlvr_landscape_plugin.files import JsonObject
+    from rlvr_landscape_plugin.serving.client import LandscapeClient
     from rlvr_landscape_plugin.sweep.plan import Plan, Portion
     from rlvr_landscape_plugin.sweep.point import BaseBatch, PointMeter
     from rlvr_landscape_plugin.sweep.range_search import Coordinates, Probe
@@ -56,7 +58,9 @@ class Job:
         server.meter = server.meter or self._meter(server)
         files = {axis: str(path) for axis, path in self._slice.files.items()}
         base = "" if snapshot.base is None else str(snapshot.base.path)
-        facts = await client.load(str(snapshot.path), self._slice.spec.as_dict(), files, base)
+        facts = await self._held(client) or await client.load(
+            str(snapshot.path), self._slice.spec.as_dict(), files, base
+        )
         for key, ours in self._fingerprints.items():
             if facts[key] != ours:
                 raise ServerError(
@@ -70,6 +74,14 @@ class Job:
             )
         server.facts |= {key: facts[key] for key in LOADED}
         await client.move(0.0, 0.0)
+
+    async def _held(self, client: LandscapeClient) -> JsonObject | None:
+        """What the server said when this client loaded the slice, if it still holds it; probes may have loaded it."""
+        told = await client.info()
+        loaded = told["loaded"] or {}
+        if told["state"] != "clean" or client.loaded is None or loaded.get("load") != client.loaded:
+            return None
+        return loaded if all(loaded.get(key) == value for key, value in self._fingerprints.items()) else None
 
     @property
     def _fingerprints(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, Protocol, TypeVar
 
-from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.errors import ServerError, ServerRefusalError
 
 Portion = TypeVar("Portion", bound=Hashable)
 """What one server measures at a time: a point and a range of tasks, or a probe. The pool does not read it."""
@@ -128,7 +128,7 @@ class Pool(Generic[Server]):
         `new_slice`: this is another slice than before, which every server has to enter.
 
         Raises the `ServerError` of the last server when none has answered for `patience` seconds, or of a point that
-        failed three times.
+        failed three times. A server that refuses the slice or a point is not asked again in this slice.
         """
         if new_slice:
             for server in self.servers:
@@ -137,16 +137,22 @@ class Pool(Generic[Server]):
         self._alive = time.monotonic()
         workers = {asyncio.create_task(self._serve(server, queue, job)) for server in self.servers}
         try:
+            refusal: ServerRefusalError | None = None
             while workers and not queue.done:
                 ended, workers = await asyncio.wait(workers, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
                 for worker in ended:
-                    worker.result()
+                    refusal = worker.result() or refusal
+            if refusal is not None and not queue.done:
+                raise refusal
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _serve(self, server: Server, queue: PointQueue[Portion], job: Job[Server, Portion]) -> None:
+    async def _serve(
+        self, server: Server, queue: PointQueue[Portion], job: Job[Server, Portion]
+    ) -> ServerRefusalError | None:
+        """Measure points until there are none, or until the server refuses; returns its refusal."""
         pause = FIRST_PAUSE
         while not queue.done:
             portion: Portion | None = None
@@ -157,7 +163,7 @@ class Pool(Generic[Server]):
                     self._away.discard(id(server))
                 portion = await queue.take(id(server))
                 if portion is None:
-                    return
+                    return None
                 await self._measure(server, portion, queue, job)
                 self._alive, pause = time.monotonic(), FIRST_PAUSE
             except ServerError as error:
@@ -166,6 +172,9 @@ class Pool(Generic[Server]):
                 if portion is not None:
                     queue.give_back(portion, id(server), error)
                 self._away.add(id(server))
+                if isinstance(error, ServerRefusalError):
+                    self._say(f"{error}; it is not asked again")
+                    return error
                 alone = len(self._away) == len(self.servers)
                 if alone and time.monotonic() - self._alive >= self._patience:
                     raise
@@ -174,6 +183,7 @@ class Pool(Generic[Server]):
                 )
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
+        return None
 
     async def _measure(
         self, server: Server, portion: Portion, queue: PointQueue[Portion], job: Job[Server, Portion]

@@ -27,7 +27,7 @@ from rlvr_landscape_plugin.errors import StoreError
 from rlvr_landscape_plugin.files import JsonObject
 from rlvr_landscape_plugin.snapshot import Snapshot
 from rlvr_landscape_plugin.store import consolidate, holds, keep_record, read_record
-from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, mixed_versions, with_server_logs
+from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, check_server, mixed_versions, with_server_logs
 from rlvr_landscape_plugin.sweep.growth import probes_identity, snapshot_identity
 from rlvr_landscape_plugin.sweep.heartbeat import Heartbeat
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
@@ -161,11 +161,12 @@ class Sweep:
         return str(getattr(self.env.taskset.config.task, "reward_mode", VERIFIER))
 
     def meter(self, server: Server) -> PointMeter:
-        """What measures points on one server."""
+        """What measures points on one server. Raises `ServerRefusalError` for a server that does not fit."""
         from rlvr_landscape_plugin.episodes import EpisodeRunner
         from rlvr_landscape_plugin.sweep.point import PointMeter
 
         config = self.config
+        check_server(config.server, server.client.url, server.facts)
         runner = EpisodeRunner(
             self.env,
             self.chat,

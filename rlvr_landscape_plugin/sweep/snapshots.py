@@ -62,9 +62,13 @@ def open_snapshots(config: SweepConfig) -> list[Snapshot]:
 
 
 def check_tensors(snapshots: Sequence[Snapshot]) -> None:
-    """Raise `SnapshotError` unless the snapshots' tensors are those of their architecture; loads torch."""
+    """Raise `SnapshotError` unless the snapshots' tensors are those of their architecture, and finite; loads torch."""
     if reason := check_architecture(snapshots[0]):
         logger.warning("cannot check the tensors of %s ahead of the server: %s", snapshots[0].path, reason)
+    # Many adapters share one base, which is read once.
+    bases = {id(snapshot.base): snapshot.base for snapshot in snapshots if snapshot.base is not None}
+    for snapshot in (*bases.values(), *snapshots):
+        snapshot.check_finite()
 
 
 def check_different(snapshots: Sequence[Snapshot]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from rlvr_landscape_plugin.errors import ServerError
+from rlvr_landscape_plugin.errors import ServerError, ServerRefusalError
 from rlvr_landscape_plugin.sweep import pool as module
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
 
@@ -21,6 +21,7 @@ class FakeServer:
 
     seconds: float = 0.01
     failing: Callable[[int], bool] = lambda call: False
+    error: type[ServerError] = ServerError
     present: bool = False
     calls: int = 0
     entered: int = 0
@@ -29,7 +30,7 @@ class FakeServer:
         call, self.calls = self.calls, self.calls + 1
         await asyncio.sleep(self.seconds)
         if self.failing(call):
-            raise ServerError("connection failed")
+            raise self.error("connection failed")
 
 
 @dataclass
@@ -93,6 +94,16 @@ def test_a_server_that_was_absent_at_first_joins():
 def test_the_last_error_ends_the_work_when_nobody_is_left():
     with pytest.raises(ServerError, match="connection failed"):
         run([FakeServer(failing=lambda call: call >= 2), FakeServer(failing=lambda call: True)])
+
+
+def test_a_server_that_refuses_is_not_asked_again_and_ends_the_work_where_it_is_alone():
+    refusing = FakeServer(failing=lambda call: True, error=ServerRefusalError)
+    with pytest.raises(ServerRefusalError):
+        run([refusing], patience=3600.0)
+    assert refusing.calls == 1
+    _, said = run([refusing, FakeServer()], patience=3600.0)
+    assert refusing.calls == 2
+    assert said == ["connection failed; it is not asked again"]
 
 
 def test_a_point_that_fails_on_every_server_ends_the_work():

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import xarray as xr
 from conftest import POLICY
+from safetensors.numpy import load_file
 from toy_run import make_run, make_toy_adapters
 
 from rlvr_landscape_plugin.snapshot import Manifest, open_snapshot, write_snapshot
@@ -46,6 +47,42 @@ def test_a_dry_run_refuses_what_does_not_exist(sweep_here, fake_server, tmp_path
     assert code == 2
     assert reference in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("<f4", 0x7FC00000), ("<f4", 0xFF800000), ("<f2", 0x7E00), ("<f8", 0x7FF0 << 48), ("bf16", 0x7F80)],
+)
+def test_weights_that_are_not_finite_are_refused_before_any_server_is_asked(
+    sweep_here, fake_server, tmp_path, dtype, bits
+):
+    policy = tmp_path / "policy"
+    shutil.copytree(POLICY, policy)
+    kind = "<u2" if dtype == "bf16" else dtype
+    values = load_file(policy / "model.safetensors")
+    header, data, end = {}, b"", 0
+    for name, tensor in values.items():
+        stored = (tensor.view("<u4") >> 16).astype("<u2") if dtype == "bf16" else tensor.astype(kind)
+        if name == "model.norm.weight":
+            stored.view(f"<u{stored.itemsize}")[3] = bits
+        data += stored.tobytes()
+        code = {"<f4": "F32", "<f2": "F16", "<f8": "F64", "bf16": "BF16"}[dtype]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [end, len(data)]}
+        end = len(data)
+    text = json.dumps(header).encode()
+    (policy / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    code, said = sweep_here(fake_server, "--snapshots", str(policy))
+    assert code == 2
+    assert "model.safetensors holds NaN or infinity in tensor 'model.norm.weight'" in said
+    assert not fake_server.asked
+
+
+def test_an_adapter_that_is_not_finite_is_refused_before_any_server_is_asked(sweep_here, fake_server, tmp_path):
+    make_toy_adapters(tmp_path / "run" / "snapshots", {1: 0.1, 2: float("nan")})
+    code, said = sweep_here(fake_server, "--snapshots", str(tmp_path / "run"))
+    assert code == 2
+    assert "step_000002/adapter_model.safetensors holds NaN or infinity" in said
+    assert not fake_server.asked
 
 
 def copies(folder, *steps: int, learning_rate: float | None = None) -> list[str]:

@@ -156,6 +156,34 @@ def test_a_server_that_does_not_fit_is_refused(sweep_here, facts, message):
     assert message in said
 
 
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [
+        (("--server.dtype", "bfloat16"), False),
+        (("--server.max-model-len", "2048"), False),
+        (("--server.dtype", "float", "--server.max-model-len", "1024"), True),
+    ],
+)
+def test_what_is_asked_of_a_server_that_runs_must_be_what_it_has(sweep_here, fake_server, tmp_path, given, fits):
+    code, said = sweep_here(fake_server, *given, "--server.patience", "600")
+    assert code == (0 if fits else 2)
+    if not fits:
+        assert f"not server.{given[0][9:].replace('-', '_')} = {given[1]}, which cannot change a server" in said
+        assert not list((tmp_path / "out").rglob("points/*.nc"))
+
+
+def test_a_refusal_that_would_be_repeated_ends_the_sweep_at_once(sweep_here, fake_server):
+    async def refuse(route, count):
+        if route == "load":
+            raise RuntimeError("no direction can be made of it", 422)
+
+    fake_server.before = refuse
+    code, said = sweep_here(fake_server, "--server.patience", "600")
+    assert code == 2
+    assert "no direction can be made of it" in said
+    assert fake_server.asked["load"] == 1
+
+
 def test_a_server_with_another_dtype_is_refused_halfway(sweep_here, fake_server, tmp_path):
     async def cut(route, count):
         if route == "move" and count > 4:
@@ -267,6 +295,7 @@ def test_ranges_are_found_by_probes_and_found_again(sweep_here, fake_server, tmp
     data = opened(tmp_path / "out")
     assert data.alpha.values.max() == pytest.approx(0.15 * record["factor"])
     loads = fake_server.asked["load"]
+    assert loads == 1, "probes and points share a slice"
     assert sweep_here(fake_server, *given, config=config)[0] == 0
     assert fake_server.asked["load"] == loads
     (tmp_path / "out" / "range_step000000.json").write_text("{")

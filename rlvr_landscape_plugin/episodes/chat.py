@@ -131,7 +131,7 @@ def load_tokenizer(policy: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(policy), local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
-        raise SnapshotError(f"{policy} has no usable tokenizer: {error}") from error
+        raise SnapshotError(f"{policy} has no usable tokenizer, or a broken config.json: {error}") from error
     # Where the vocabulary is missing, transformers builds an empty tokenizer of the model's type without a message.
     if not set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()):
         raise SnapshotError(

@@ -106,11 +106,11 @@ def all_stages(size: Size, out: Path, page: Path) -> list[Stage]:
     found = [*made.models()]
     for begin, end in zip((0, *size.chunks), size.chunks, strict=False):
         found.append(made.training(begin, end))
-    found.append(made.measured("start", 0, ("census_start", "boundary"), 30))
+    found.append(made.measured("start", 0, ("census_start", "boundary"), 50))
     for step in reversed(size.around):
-        found.append(made.measured(f"census-{step}", step, ("census",), 40))
-        found.append(made.measured(f"path-{step}", step, ("path", "boundary"), 25))
-    found.append(made.measured("grid", size.last, ("grid",), 20))
+        found.append(made.measured(f"census-{step}", step, ("census",), 45))
+        found.append(made.measured(f"path-{step}", step, ("path", "boundary"), 16))
+    found.append(made.measured("grid", size.last, ("grid",), 17))
     found.append(made.check(size.last))
     command = ("scripts/smollm2_page.py", str(out), "--page", str(page), "--expected", *(one.name for one in found))
     what = f"tables and figures of all that is done, into {page}"
@@ -154,7 +154,7 @@ class _Stages:
         return Stage(
             f"train-{end}",
             f"train by GRPO to step {end}",
-            (4 * (end - begin) + 4) * self.size.slowness,
+            (1.2 * (end - begin) + 4) * self.size.slowness,
             ((*command, *self.size.options.get("train", ())),),
             tuple(outputs),
             needs=(f"train-{begin}",) if begin else ("warm",),

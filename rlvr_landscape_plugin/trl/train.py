@@ -39,7 +39,8 @@ def train(config: TrainConfig) -> None:
 
 
 def load_policy(base: Snapshot) -> PreTrainedModel:
-    """The policy in float32, on the CPU. Raises `SnapshotError` where transformers cannot make it from `base`."""
+    """The policy in float32, on the CPU. Raises `SnapshotError` where transformers cannot make it from `base`, and for
+    weights that are not finite."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -50,6 +51,7 @@ def load_policy(base: Snapshot) -> PreTrainedModel:
     # Otherwise weights that are missing would be drawn at random, with a warning only.
     if reason := check_architecture(base):
         raise SnapshotError(f"transformers cannot make a model from {base.path / 'config.json'}: {reason}")
+    base.check_finite()
     return AutoModelForCausalLM.from_pretrained(str(base.path), dtype=torch.float32, local_files_only=True)
 
 

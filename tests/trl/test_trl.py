@@ -270,6 +270,9 @@ def test_a_policy_that_is_not_whole_is_refused_instead_of_drawn_at_random(tmp_pa
     save_file(tensors, tmp_path / "policy" / "model.safetensors")
     with pytest.raises(SnapshotError, match=r"tensor 'model\.norm\.weight' is missing"):
         load_policy(open_snapshot(tmp_path / "policy"))
+    save_file(tensors | {"model.norm.weight": lost * float("nan")}, tmp_path / "policy" / "model.safetensors")
+    with pytest.raises(SnapshotError, match=r"NaN or infinity in tensor 'model\.norm\.weight'"):
+        load_policy(open_snapshot(tmp_path / "policy"))
     save_file(tensors | {"model.norm.weight": lost}, tmp_path / "policy" / "model.safetensors")
     assert load_policy(open_snapshot(tmp_path / "policy")).dtype.itemsize == 4
     (tmp_path / "policy" / "config.json").write_text("{}")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import re
 import shlex
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="fastapi comes with vLLM")
 
 from fastapi import FastAPI
+from toy_engine import TOKENS, Engine, Request, stand_ins
 
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.serving import access, endpoint
@@ -33,97 +30,6 @@ from rlvr_landscape_plugin.serving.protocol import (
     pack,
 )
 
-TOKENS = np.array([5, 6, 7], dtype=np.int32)
-
-
-class Request:
-    """vLLM's request classes: a dict under a name."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self.content = content
-
-
-class Flat:
-    """vLLM's flat log-probabilities of TOKENS."""
-
-    token_ids = TOKENS.tolist()
-    start_indices = (0, 1, 2)
-    logprobs = (-0.5, -1.0, -1.5)
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-
-class Engine:
-    """The front end of vLLM and its one worker, as far as weight updates go."""
-
-    def __init__(
-        self, backend: str = "landscape", logprobs_mode: str = "raw_logprobs", versions: bool = True, workers: int = 1
-    ) -> None:
-        self.active, self.version, self.paused = False, "default", False
-        self.outcomes: list[str | Exception] = []
-        """What the next updates do: the worker's word of the weights, or an error; empty: moved."""
-        model = SimpleNamespace(
-            model="m", served_model_name="m", dtype="torch.float32", logprobs_mode=logprobs_mode, max_model_len=64
-        )
-        model.get_vocab_size = lambda: 10
-        self.vllm_config = SimpleNamespace(
-            weight_transfer_config=SimpleNamespace(backend=backend),
-            model_config=model,
-            device_config=SimpleNamespace(device_type="cpu"),
-            parallel_config=SimpleNamespace(tensor_parallel_size=workers, world_size=workers),
-            cache_config=SimpleNamespace(enable_prefix_caching=True),
-        )
-        self.engine_core = SimpleNamespace(pause_scheduler_async=self._pause)
-        if versions:
-            self.get_weight_version = self._version
-
-    async def _pause(self, mode: str, clear_cache: bool) -> None:
-        self.paused = True
-
-    async def _version(self) -> str:
-        await asyncio.sleep(0.01)  # outputs may be there first
-        return self.version
-
-    async def resume_generation(self) -> None:
-        self.paused = False
-
-    async def reset_prefix_cache(self) -> bool:
-        return True
-
-    async def init_weight_transfer_engine(self, request: Request) -> None:
-        facts = {
-            **{"snapshot_sha256": "a" * 64, "theta": 1.0, "theta_share": 1.0, "move_path": "kernel"},
-            **{"move_path_reason": "", "directions_memory": "", "directions_memory_reason": ""},
-        }
-        Path(request.content["report"], "rank0.json").write_text(json.dumps(facts))
-
-    async def start_weight_update(self) -> None:
-        if self.active:
-            raise RuntimeError("start_weight_update called while a weight update is already active")
-        self.active = True
-
-    async def update_weights(self, request: Request) -> None:
-        outcome = self.outcomes.pop(0) if self.outcomes else "moved"
-        if isinstance(outcome, Exception):
-            self.active = False  # as vLLM's worker does
-            raise outcome
-        report: dict[str, Any] = {"weights": outcome, "changed": 0.0, "theta": 1.0}
-        if outcome != "moved":
-            report["error"] = "the direction's file cannot be read"
-        Path(request.content["report"], "rank0.json").write_text(json.dumps(report))
-
-    async def finish_weight_update(self, weight_version: str | None = None) -> None:
-        if not self.active:
-            raise RuntimeError("finish_weight_update called without a matching start_weight_update")
-        self.active = False
-        if weight_version is not None:
-            self.version = weight_version
-
-    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
-        completion = SimpleNamespace(token_ids=TOKENS.tolist(), logprobs=Flat(), finish_reason="stop")
-        yield SimpleNamespace(finished=True, outputs=[completion], prompt_logprobs=Flat())
-
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
@@ -132,16 +38,8 @@ def serve(tmp_path, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "token")
     monkeypatch.setenv(ROOTS_VARIABLE, str(tmp_path))
     monkeypatch.delenv(access.DEVELOPMENT_VARIABLE, raising=False)
-    transfer: Any = ModuleType("vllm.distributed.weight_transfer.base")
-    transfer.WeightTransferInitRequest = transfer.WeightTransferUpdateRequest = Request
-    sampling: Any = ModuleType("vllm.sampling_params")
-    sampling.SamplingParams, sampling.RequestOutputKind = SimpleNamespace, SimpleNamespace(FINAL_ONLY=2)
-    for name in ("vllm", "torch", "vllm.distributed", "vllm.distributed.weight_transfer"):
-        module: Any = ModuleType(name)
-        module.__version__ = "0"
+    for name, module in stand_ins().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, transfer.__name__, transfer)
-    monkeypatch.setitem(sys.modules, sampling.__name__, sampling)
 
     async def start(**options: Any) -> tuple[httpx.AsyncClient, Engine]:
         engine, routes, app = Engine(**options), endpoint.LandscapeEndpoint(), FastAPI()

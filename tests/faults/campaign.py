@@ -48,7 +48,16 @@ BEGIN, END = "<!-- table of the campaign: begin -->", "<!-- table of the campaig
 class Campaign:
     """Hosts, a disk, the undisturbed results, and the sweeps or training runs that faults strike."""
 
-    def __init__(self, hosts: Sequence[Host], folder: Path, seed: int, bench: str = TOY) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        folder: Path,
+        seed: int,
+        bench: str = TOY,
+        variants: Sequence[str] = tuple(VARIANTS),
+    ) -> None:
+        """`variants`: kinds of sweeps on toy servers."""
+        self.variants = list(variants) if bench == TOY else ["plain"]
         self.hosts, self.folder, self.seed, self.bench = list(hosts), folder, seed, bench
         self.disk = Disk(folder / f"disk-{BENCHES.index(bench)}", "6m" if bench != TRAINING else "200m")
         self.log = folder / "commands.log"
@@ -56,7 +65,7 @@ class Campaign:
         self.snapshot = POLICY if bench == REAL else _snapshot(self.hosts[0].roots[-1])
         self.count = 0
         self.references: dict[str, Any] = {}
-        for variant in VARIANTS if bench == TOY else ("plain",):
+        for variant in self.variants:
             undisturbed = self._subject(random.Random(f"{seed} undisturbed {variant}"), variant)
             undisturbed.finish()
             if isinstance(undisturbed, Sweep):
@@ -68,8 +77,7 @@ class Campaign:
         output = self.disk.path / f"{'run' if self.bench == TRAINING else 'sweep'}{self.count:03d}"
         if self.bench == TRAINING:
             return Training(output, self.hosts, self.references, self.disk, rng, self.log)
-        variants = list(VARIANTS) if self.bench == TOY else ["plain"]
-        variant = variant or rng.choice(["plain", *variants])
+        variant = variant or rng.choice([self.variants[0], *self.variants])
         shared = self.hosts, self.references, self.disk, rng, self.log
         return Sweep(output, *shared, self.bench, variant, self.snapshot)
 
@@ -170,11 +178,17 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def summary(records: list[dict[str, Any]], seed: int) -> str:
-    """How many faults struck, how long it took, and how many violations there were; one line."""
-    seconds, outcomes = Counter[str](), Counter(record["outcome"] for record in records)
+def wall_seconds(records: list[dict[str, Any]]) -> Counter[str]:
+    """Seconds that each of the benches took, all calls together."""
+    seconds = Counter[str]()
     for record in records:
         seconds[record["bench"]] = max(seconds[record["bench"]], record["wall_seconds"])
+    return seconds
+
+
+def summary(records: list[dict[str, Any]], seed: int) -> str:
+    """How many faults struck, how long it took, and how many violations there were; one line."""
+    seconds, outcomes = wall_seconds(records), Counter(record["outcome"] for record in records)
     parts = [
         f"{sum(record['bench'] == bench for record in records)} on {bench} in {seconds[bench] / 60:.0f} minutes"
         for bench in BENCHES

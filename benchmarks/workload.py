@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlvr_landscape_plugin.serving.launch import LocalServer
+from rlvr_landscape_plugin.serving.protocol import TOKEN_VARIABLE
 
 TASKSET = {"min_turns": 2, "max_turns": 2, "max_names_per_turn": 3, "seed": 12345}
 MAX_TOKENS = 96
@@ -33,12 +34,12 @@ def evaluate(
     flags = [part for key, value in TASKSET.items() for part in (f"--env.taskset.{key.replace('_', '-')}", str(value))]
     command = [
         *("vf-eval", "rlvr-alphabet-sort", "--model", "policy", "-n", str(prompts), "-r", str(rollouts), *flags),
-        *("--client.base-url", f"{server.url}/v1", "--client.api-key-var", "LOCAL_API_KEY"),
+        *("--client.base-url", f"{server.url}/v1", "--client.api-key-var", TOKEN_VARIABLE),
         *("--env.agent.harness.id", harness, "--env.agent.runtime.type", "subprocess"),
         *("--sampling.temperature", str(temperature), "--sampling.max-tokens", str(MAX_TOKENS)),
         *("--no-push", "--no-rich", "--output-dir", str(folder)),
     ]
-    env = os.environ | {"LOCAL_API_KEY": "none", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env = os.environ | {TOKEN_VARIABLE: server.token, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"vf-eval with {harness} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")

@@ -46,7 +46,7 @@ from rlvr_landscape_plugin.episodes.tasksets import role_config
 from rlvr_landscape_plugin.errors import LandscapeError, TasksetError
 from rlvr_landscape_plugin.serving.client import Completion, LandscapeClient
 from rlvr_landscape_plugin.serving.launch import LocalServer, free_port, local_server
-from rlvr_landscape_plugin.serving.protocol import Sampling
+from rlvr_landscape_plugin.serving.protocol import TOKEN_VARIABLE, Sampling
 from rlvr_landscape_plugin.snapshot import SHIPPED
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -223,7 +223,7 @@ def vf_eval(opened: OpenedTaskset, settings: EnvConfig, server: LocalServer, fol
     config = {
         "env": {**settings.options, "taskset": {"id": settings.id, **settings.taskset}, role: seat},
         "model": "policy",
-        "client": {"base_url": f"{server.url}/v1", "api_key_var": "NO_KEY"},
+        "client": {"base_url": f"{server.url}/v1", "api_key_var": TOKEN_VARIABLE},
         "sampling": {"temperature": 0.0, "max_tokens": MAX_TOKENS},
         "select": {"limit": len(opened.tasks)},
         "push": False,
@@ -233,7 +233,8 @@ def vf_eval(opened: OpenedTaskset, settings: EnvConfig, server: LocalServer, fol
     file = folder / f"{settings.id}.json"
     file.write_text(json.dumps(config))
     command = [str(Path(sys.executable).parent / "vf-eval"), "@", str(file)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    env = os.environ | {TOKEN_VARIABLE: server.token}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise TasksetError(f"vf-eval ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     found: dict[str, Played] = {}

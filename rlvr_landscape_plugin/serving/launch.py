@@ -37,6 +37,8 @@ from rlvr_landscape_plugin.serving.protocol import (
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
 HOST = "127.0.0.1"
+API_KEY_VARIABLE = "VLLM_API_KEY"
+"""vLLM's: the key that its own routes below /v1 and the like ask for."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,13 @@ def command(config: ServerConfig, model: Path, port: int) -> list[str]:
 
 
 def environment(config: ServerConfig, token: str, roots: Sequence[Path]) -> dict[str, str]:
-    """The server's environment: plugins, token, snapshot roots, no network, development mode off."""
+    """The server's environment: plugins, snapshot roots, no network, development mode off, and the token, which is
+    also the key of vLLM's own routes unless the user has set one."""
     env = dict(os.environ)
     plugins = [name for name in env.get("VLLM_PLUGINS", "").split(",") if name]
     env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, "rlvr_landscape"]))
     env[TOKEN_VARIABLE] = token
+    env.setdefault(API_KEY_VARIABLE, token)
     # A snapshot may be a directory of links, as in the Hub's cache; whoever names it means what they lead to.
     readable = [*roots, *(file for root in roots for file in access.linked_files(root))]
     env[ROOTS_VARIABLE] = os.pathsep.join(str(path) for path in readable)
@@ -199,7 +203,7 @@ async def serve(config: LaunchConfig) -> None:
     async with local_server(config.server, snapshot.path, roots, log) as server:
         print(f"{server.url}/v1 serves {snapshot.path.name.replace('_', '-')}; end it with Ctrl-C", flush=True)
         if not (config.server.token or os.environ.get(TOKEN_VARIABLE)):
-            print(f"for sweeps: export {TOKEN_VARIABLE}={server.token}", flush=True)
+            print(f"for sweeps, and as the key of /v1: export {TOKEN_VARIABLE}={server.token}", flush=True)
         suggest(f"rlvr-landscape sweep --server.urls {server.url} --snapshots {config.model}", "in another terminal")
         await asyncio.Event().wait()
 

@@ -294,7 +294,7 @@ async def test_the_documented_command_writes_the_traces_of_the_stock_harness(ser
         changes = {"-n": "4", "--client.base-url": f"{server.url}/v1", "--env.agent.harness.id": harness}
         for flag, value in (changes | {"--sampling.temperature": "0", "--sampling.max-tokens": "48"}).items():
             command[command.index(flag) + 1] = value
-        env = os.environ | {"LOCAL_API_KEY": "EMPTY", "PATH": PATH}
+        env = os.environ | {"RLVR_LANDSCAPE_TOKEN": server.token, "PATH": PATH}
         command += ["--output-dir", str(tmp_path / harness)]
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -43,7 +43,7 @@ async def test_the_readme_command_gives_the_rewards_of_the_rules(server, tmp_pat
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [*command, "--output-dir", str(tmp_path)],
-        env=os.environ | {"PATH": path, key: "none"},
+        env=os.environ | {"PATH": path, key: server.token},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -59,18 +59,22 @@ class Campaign:
         """`variants`: kinds of sweeps on toy servers."""
         self.variants = list(variants) if bench == TOY else ["plain"]
         self.hosts, self.folder, self.seed, self.bench = list(hosts), folder, seed, bench
-        self.disk = Disk(folder / f"disk-{BENCHES.index(bench)}", "6m" if bench != TRAINING else "200m")
+        self.disk = Disk(folder / _disk(bench), "6m" if bench != TRAINING else "200m")
         self.log = folder / "commands.log"
         self.log.touch()
         self.snapshot = POLICY if bench == REAL else _snapshot(self.hosts[0].roots[-1])
         self.count = 0
         self.references: dict[str, Any] = {}
-        for variant in self.variants:
-            undisturbed = self._subject(random.Random(f"{seed} undisturbed {variant}"), variant)
-            undisturbed.finish()
-            if isinstance(undisturbed, Sweep):
-                self.references[variant] = xr.load_dataset(undisturbed.dataset)
-            shutil.rmtree(undisturbed.output)
+        try:
+            for variant in self.variants:
+                undisturbed = self._subject(random.Random(f"{seed} undisturbed {variant}"), variant)
+                undisturbed.finish()
+                if isinstance(undisturbed, Sweep):
+                    self.references[variant] = xr.load_dataset(undisturbed.dataset)
+                shutil.rmtree(undisturbed.output)
+        except BaseException:
+            self.close()
+            raise
 
     def _subject(self, rng: random.Random, variant: str | None = None) -> Sweep | Training:
         self.count += 1
@@ -138,6 +142,11 @@ class Campaign:
 
     def close(self) -> None:
         self.disk.close()
+
+
+def _disk(bench: str) -> str:
+    """Name of the directory that takes what a bench writes; a toy server reads policies in training there."""
+    return f"disk-{BENCHES.index(bench)}"
 
 
 def _snapshot(root: Path) -> Path:
@@ -212,8 +221,8 @@ def write_table(page: Path, text: str) -> None:
 
 def toy_hosts(folder: Path) -> list[Host]:
     """Two toy servers that may read the shipped policy and `folder/roots`."""
-    roots = [POLICY, folder / "roots"]
-    roots[1].mkdir(exist_ok=True)
+    roots = [POLICY, *(folder / _disk(bench) for bench in BENCHES), folder / "roots"]
+    roots[-1].mkdir(exist_ok=True)
     return [ToyHost(roots, folder / f"toy{number}") for number in range(2)]
 
 

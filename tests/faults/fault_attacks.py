@@ -34,14 +34,20 @@ def _toy(sweep: Sweep) -> ToyHost:
     return host
 
 
+def _toys(sweep: Sweep) -> list[ToyHost]:
+    """All servers, none of which is being restarted."""
+    for host in sweep.hosts:
+        host.wait()
+    return [host for host in sweep.hosts if isinstance(host, ToyHost)]
+
+
 @fault("server: a move that cannot be undone", toy=14)
 def dirty_move(sweep: Sweep) -> tuple[str, str]:
     """R1: the first move after a load, or a later one; the same server works again afterwards."""
     first = sweep.rng.random() < 0.6
     if first:
         sweep.kill()
-        for host in sweep.hosts:
-            host.wait()
+        for host in _toys(sweep):
             host.fail(*[sweep.rng.choice(["dirty", "raise"])] * sweep.rng.randint(1, 2))
         sweep.start()
     else:
@@ -74,8 +80,7 @@ def full_tmpdir(sweep: Sweep) -> tuple[str, str]:
     """The reports of the workers cannot be written, at any call of the routes."""
     if sweep.rng.random() < 0.5:
         sweep.kill()
-        for host in sweep.hosts:
-            host.wait()
+        for host in _toys(sweep):
             host.temporary.fill(0)
         sweep.start()
     else:
@@ -86,7 +91,7 @@ def full_tmpdir(sweep: Sweep) -> tuple[str, str]:
     end = time.monotonic() + sweep.rng.uniform(0.5, 3.0)
     while time.monotonic() < end and process.poll() is None:
         time.sleep(0.02)
-    for host in sweep.hosts:
+    for host in _toys(sweep):
         host.temporary.mend()
     outcome = sweep.settle()
     if outcome == REFUSED and "No space left" not in sweep.errors:

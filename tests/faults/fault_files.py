@@ -6,6 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
+import xarray as xr
 from fault_servers import PATIENCE, Skip, Violation
 from fault_sweeps import NAME, REFUSED, REPAIRED, TOY, WENT_ON, Sweep, fault, same_landscape
 
@@ -164,8 +165,10 @@ def damage_snapshot(sweep: Sweep) -> tuple[str, str]:
 @fault("file: the dataset of another sweep", toy=4)
 def foreign_dataset(sweep: Sweep) -> tuple[str, str]:
     """A whole dataset of other settings, under the name of ours."""
-    others = [data for variant, data in sweep.references.items() if variant != sweep.variant]
     sweep.finish()
+    with xr.open_dataset(sweep.dataset) as ours:
+        identity = ours.attrs["identity"]
+    others = [data for data in sweep.references.values() if data.attrs["identity"] != identity]
     whole = sweep.dataset.read_bytes()
     if others:
         others[0].to_netcdf(sweep.dataset)

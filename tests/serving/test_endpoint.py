@@ -19,7 +19,7 @@ from toy_engine import TOKENS, Engine, Request, stand_ins
 
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.serving import access, endpoint
-from rlvr_landscape_plugin.serving.launch import command
+from rlvr_landscape_plugin.serving.launch import command, environment
 from rlvr_landscape_plugin.serving.protocol import (
     LOGPROBS_MODE,
     MAX_REQUESTS,
@@ -231,6 +231,13 @@ async def test_log_probabilities_that_are_not_the_policys_are_refused(serve, tmp
 def test_a_server_started_here_is_told_its_mode(tmp_path):
     line = command(ServerConfig(device="cpu"), tmp_path, 8000)
     assert line[line.index("--logprobs-mode") + 1] == LOGPROBS_MODE
+
+
+def test_the_token_of_a_server_started_here_is_the_key_of_vllms_own_routes_too(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert environment(ServerConfig(device="cpu"), "token", [])["VLLM_API_KEY"] == "token"
+    monkeypatch.setenv("VLLM_API_KEY", "the user's own")
+    assert environment(ServerConfig(device="cpu"), "token", [])["VLLM_API_KEY"] == "the user's own"
 
 
 def test_the_documented_command_for_a_cpu_is_that_of_the_launcher():

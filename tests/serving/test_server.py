@@ -303,8 +303,11 @@ async def test_stock_chat_route_serves_the_moved_policy(server):
         prompt = prompts(1)[0]
         model = reference.perturbed(POLICY, 0, 0.1, -0.05)
         body = {"model": "policy", "prompt": prompt, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
+        url = f"{server.url}/v1/completions"
         async with aiohttp.ClientSession() as session:
-            async with session.post(f"{server.url}/v1/completions", json=body) as response:
+            async with session.post(url, json=body) as response:
+                assert response.status == 401, "open to every user of the machine"
+            async with session.post(url, json=body, headers={"Authorization": f"Bearer {server.token}"}) as response:
                 choice = (await response.json())["choices"][0]
         assert choice["token_ids"] == reference.greedy(model, prompt, len(choice["token_ids"]))
 

@@ -96,21 +96,29 @@ class LandscapeClient:
         )
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *exc: object) -> None:
+        session, self._session = self._session, None
+        if self._flush is not None:
+            self._flush.cancel()
+        for _, waiting in self._queue:
+            waiting.cancel()
         for task in list(self._posts):
             task.cancel()
         await asyncio.gather(*self._posts, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
+        if session is not None:
+            await session.close()
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("LandscapeClient is used outside `async with`")
+        return self._session
 
     @contextlib.asynccontextmanager
     async def _request(
         self, method: str, route: str, body: bytes | None = None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._session is None:
-            raise RuntimeError("LandscapeClient is used outside `async with`")
         try:
-            async with self._session.request(
+            async with self._opened().request(
                 method, self.url + route, data=body, headers={"Content-Type": "application/json"}
             ) as response:
                 if response.status != 200:
@@ -180,6 +188,7 @@ class LandscapeClient:
 
     async def generate(self, prompt: Sequence[int] | np.ndarray, seed: int, max_tokens: int) -> Completion:
         """Sample one turn after the token ids `prompt`."""
+        self._opened()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Completion] = loop.create_future()
         item = GenerateItem(pack(np.asarray(prompt, dtype="<i4")), seed, max_tokens)

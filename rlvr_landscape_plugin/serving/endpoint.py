@@ -142,7 +142,13 @@ class LandscapeEndpoint:
                     'the server was started without --weight-transfer-config \'{"backend":"landscape"}\' '
                     f"(its backend is {self._facts['backend']!r})",
                 )
-            return await handler(request)
+            try:
+                return await handler(request)
+            except HTTPException:
+                raise
+            except Exception as error:  # a full disk, a dead engine: whoever asked shall read the reason
+                logger.exception("%s failed", request.url.path)
+                raise HTTPException(500, f"{type(error).__name__}: {error}") from error
 
         return route
 
@@ -183,19 +189,16 @@ class LandscapeEndpoint:
         except access.AccessError as error:
             raise HTTPException(error.status, str(error)) from error
         async with self._lock:
-            reports = await self._with_reports(
-                lambda folder: self._engine.init_weight_transfer_engine(
-                    WeightTransferInitRequest(
-                        {
-                            "snapshot": str(path),
-                            "base": base,
-                            "slice": call.slice,
-                            "directions": files,
-                            "report": folder,
-                        }
+            asked = {"snapshot": str(path), "base": base, "slice": call.slice, "directions": files}
+            try:
+                reports = await self._with_reports(
+                    lambda folder: self._engine.init_weight_transfer_engine(
+                        WeightTransferInitRequest({**asked, "report": folder})
                     )
                 )
-            )
+            except Exception:  # which slice the workers hold is not known
+                self._state, self._at, self._version, self._loaded = "unknown", None, "unknown", None
+                raise
             if error := _first_error(reports):
                 if any(report.get("weights") == "dirty" for report in reports):
                     self._state, self._at, self._version, self._loaded = "dirty", None, "dirty", None

@@ -51,11 +51,10 @@ async def run_sweep(config: SweepConfig, display: Display, heartbeat: Heartbeat 
 
     `heartbeat`: of a process that measures more than this; default: one of its own.
     """
-    from rlvr_landscape_plugin.episodes import check_chat, open_tasks
+    from rlvr_landscape_plugin.episodes import open_tasks
 
     snapshots = open_snapshots(config)
     opened = open_tasks(config.env)
-    check_chat([snapshots[0].model, *(snapshot.path for snapshot in snapshots)], opened.tasks)
     config = with_path(config, opened, snapshots[0], display)
     fleet = Fleet(config, snapshots, display)
     async with contextlib.AsyncExitStack() as stack:
@@ -132,8 +131,12 @@ class Sweep:
 
     def begin(self) -> None:
         """Where something is to be measured, which a finished sweep need not wait for: raise `SnapshotError` unless the
-        tensors of all snapshots fit their architectures."""
+        first snapshot's chat template renders the tasks, all snapshots share it, and their tensors fit their
+        architectures."""
+        from rlvr_landscape_plugin.episodes import check_chat
+
         if not self.fleet.needed:
+            check_chat([self.snapshots[0].model, *(snapshot.path for snapshot in self.snapshots)], self.tasks)
             check_tensors(self.snapshots)
             self.fleet.needed = True
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rlvr_landscape_plugin.config import TrainConfig, load_config, train_report
 from rlvr_landscape_plugin.errors import run_cli, suggest
+from rlvr_landscape_plugin.trl.states import STATES_ARE_SAFE
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             "with the [env] of this training",
         )
 
-    return run_cli(run)
+    return run_cli(run, f"interrupted; {STATES_ARE_SAFE}, the same command continues")
 
 
 if __name__ == "__main__":

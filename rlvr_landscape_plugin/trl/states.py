@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
-from rlvr_landscape_plugin.files import sync, writing
+from rlvr_landscape_plugin.errors import StoreError
+from rlvr_landscape_plugin.files import file_sha256, replace_text, sync, writing
 
 COMPLETE = "COMPLETE"
-"""Marker of a training state that is whole: the last file to be written."""
+"""Marker of a training state that is whole: the last file to be written. It holds the SHA-256 of the others as JSON;
+that of older versions is empty."""
 STATES_ARE_SAFE = "complete training states are kept"
 """What training says is safe when a disk refuses."""
 
@@ -28,8 +31,23 @@ def complete(state: Path) -> None:
     with writing(state, STATES_ARE_SAFE):
         for item in (*state.rglob("*"), state):
             sync(item)
-        (state / COMPLETE).touch()
-        sync(state)
+        files = {str(path.relative_to(state)): file_sha256(path) for path in sorted(state.rglob("*")) if path.is_file()}
+        replace_text(state / COMPLETE, [json.dumps(files, indent=1)], safe=STATES_ARE_SAFE)
+
+
+def check_state(state: Path) -> None:
+    """Raise `StoreError` where a file of a whole training state is not what its marker says."""
+    text = (state / COMPLETE).read_text(errors="replace")
+    if not text:
+        return
+    advice = f"restore it from a copy, or remove {state}: the same command continues from the state before, if any"
+    try:
+        files = json.loads(text)
+        problem = next((name for name, sha256 in files.items() if file_sha256(state / name) != sha256), None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise StoreError(f"{state / COMPLETE} is damaged, or a file that it names: {error}; {advice}") from error
+    if problem is not None:
+        raise StoreError(f"{state / problem} is damaged: its checksum is not that in {COMPLETE}; {advice}")
 
 
 def keep_last(folder: Path, count: int = 2) -> None:

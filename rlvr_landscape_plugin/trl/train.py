@@ -15,7 +15,7 @@ from rlvr_landscape_plugin.snapshot import Snapshot, open_snapshot
 from rlvr_landscape_plugin.tracking import require
 from rlvr_landscape_plugin.trl.batch import evaluation_metrics
 from rlvr_landscape_plugin.trl.run_directory import WEIGHT_FILES, RunDirectory, Save, alone
-from rlvr_landscape_plugin.trl.states import complete_states
+from rlvr_landscape_plugin.trl.states import check_state, complete_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +34,8 @@ def train(config: TrainConfig) -> None:
         if step >= config.steps:
             display.say(f"{run.root} has {step} steps already; raise steps to continue")
             return
+        if state is not None:
+            check_state(state)
         run.rewind(step)
         Training(config, run, display).go(step, state)
 

@@ -105,9 +105,12 @@ class Gate:
             return
         pair = {writer, back_writer}
         self._writers |= pair
-        await asyncio.gather(
-            self._pump(reader, back_writer, True), self._pump(back_reader, writer, False), return_exceptions=True
-        )
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._pump(reader, back_writer, True))
+                both.create_task(self._pump(back_reader, writer, False))
+        except* OSError:
+            pass  # one end was reset, which the other end shall see at once
         self._writers -= pair
         for end in pair:
             end.transport.abort()

@@ -166,9 +166,11 @@ class ToyEngine(Engine):
         asked, failures = request.content, self.control / FAILURES
         access.check_report_directory(asked["report"])
         if failures.exists():
-            told = json.loads(failures.read_text())
+            word, *later = json.loads(failures.read_text())
             failures.unlink()
-            self.outcomes += [RuntimeError("a worker died") if word == "raise" else word for word in told]
+            if later:
+                failures.write_text(json.dumps(later))
+            self.outcomes = [RuntimeError("a worker died") if word == "raise" else word]
         outcome = self.outcomes[0] if self.outcomes else "moved"
         if outcome == "moved":
             self._at = asked["alpha"], asked["beta"]

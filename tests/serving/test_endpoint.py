@@ -113,11 +113,31 @@ async def test_a_session_that_a_lost_move_left_open_is_closed_by_the_next(serve,
 
 async def test_reports_of_some_of_the_workers_are_not_taken_for_all(serve, tmp_path):
     client, _ = await serve(workers=2)
-    with pytest.raises(RuntimeError, match=r"1 of 2 workers left a report; .* need a TMPDIR that all machines share"):
-        await load(client, tmp_path)
-    with pytest.raises(RuntimeError, match="1 of 2 workers"):
-        await client.get("/checksums")
+    answer = await load(client, tmp_path)
+    assert answer.status_code == 500
+    assert re.search(r"1 of 2 workers left a report; .* need a TMPDIR that all machines share", answer.text)
+    assert "1 of 2 workers" in (await client.get("/checksums")).text
     assert await state(client) == ("unknown", None)
+
+
+async def test_after_a_load_whose_report_is_lost_no_move_goes_along_the_slice_of_before(serve, tmp_path, monkeypatch):
+    """The workers may hold the new slice already: a full TMPDIR on the server."""
+    client, engine = await serve()
+    before = (await load(client, tmp_path)).json()["load"]
+    version = (await move(client)).json()["version"]
+
+    async def full(request: Request) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(engine, "init_weight_transfer_engine", full)
+    answer = await load(client, tmp_path)
+    assert answer.status_code == 500
+    assert "No space left on device" in answer.text
+    assert await state(client) == ("unknown", None)
+    assert (await client.post("/move", json={"alpha": 0.1, "beta": 0.0, "load": before})).status_code == 409
+    assert (
+        await client.post("/generate", json={"requests": [], "sampling": {}, "version": version})
+    ).status_code == 409
 
 
 async def test_weights_that_somebody_else_updated_are_unknown(serve, tmp_path):

@@ -28,7 +28,7 @@ from rlvr_landscape_plugin.trl.__main__ import main
 from rlvr_landscape_plugin.trl.batch import batch_metrics, evaluation_metrics, pass_at_k, to_batch
 from rlvr_landscape_plugin.trl.run_directory import Lines, RunDirectory, alone
 from rlvr_landscape_plugin.trl.server import Practice
-from rlvr_landscape_plugin.trl.states import complete, complete_states, keep_last, remove_incomplete
+from rlvr_landscape_plugin.trl.states import check_state, complete, complete_states, keep_last, remove_incomplete
 
 ROOT = Path(__file__).parents[2]
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra train)")
@@ -256,6 +256,27 @@ def test_states_are_whole_with_their_marker_and_the_last_two_stay(tmp_path):
     assert [step for step, _ in complete_states(tmp_path)] == [10, 15]
     remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-15"]
+
+
+def test_a_damaged_state_is_named_before_anything_is_trained_on_it(tmp_path):
+    state = tmp_path / "checkpoint-5"
+    (state / "sub").mkdir(parents=True)
+    weights = state / "sub" / "weights"
+    weights.write_bytes(b"weights")
+    complete(state)
+    check_state(state)
+    weights.write_bytes(b"weighty")
+    with pytest.raises(StoreError, match=r"sub/weights is damaged: its checksum .* COMPLETE; .*remove .*checkpoint-5"):
+        check_state(state)
+    weights.unlink()
+    with pytest.raises(StoreError, match=r"COMPLETE is damaged, or a file that it names: .*sub/weights"):
+        check_state(state)
+    for content in ("no JSON", "[1]", '{"a": 1}'):
+        (state / "COMPLETE").write_text(content)
+        with pytest.raises(StoreError, match="COMPLETE is damaged"):
+            check_state(state)
+    (state / "COMPLETE").write_text("")  # of a version that kept no checksums
+    check_state(state)
 
 
 @needs_trl

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from rlvr_landscape_plugin.config import TrainConfig
 from rlvr_landscape_plugin.errors import StoreError
-from rlvr_landscape_plugin.files import JsonObject, publish, replace_text, writing
+from rlvr_landscape_plugin.files import JsonObject, digest, publish, replace_text, writing
 from rlvr_landscape_plugin.schedule import parse_schedule
 from rlvr_landscape_plugin.snapshot import MANIFEST, Manifest, Snapshot, open_snapshot, snapshot_name, write_snapshot
 from rlvr_landscape_plugin.snapshot.adapter import CONFIG
@@ -102,13 +102,15 @@ class RunDirectory:
             self._check_empty()
             parent = self.base.manifest.run if self.base.manifest is not None else ""
             identity = {"id": uuid.uuid4().hex, "parent_run": parent or None, **wanted}
-            text = json.dumps(identity, indent=1) + "\n"
+            text = json.dumps(identity | {"sha256": digest(identity)}, indent=1) + "\n"
             publish(file, lambda scratch: scratch.write_text(text), safe="nothing was begun")
         try:
             stored = json.loads(file.read_text())
             known = {key: stored[key] for key in ("id", "parent_run", *wanted)}
+            if stored.get("sha256") not in (None, digest(known)):  # none: of an older version
+                raise ValueError("its content is not what its checksum says")
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise StoreError(f"{file} is damaged ({error!r}); give output another directory") from error
+            raise StoreError(f"{file} is damaged ({error}); restore it, or give output another directory") from error
         differing = _differences(known["configuration"], wanted["configuration"])
         if known["policy_sha256"] != wanted["policy_sha256"]:
             differing.append(f"the starting policy ({self.config.model}) has other bytes than before")

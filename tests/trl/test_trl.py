@@ -156,6 +156,10 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(StoreError, match="is not empty and no run"):
         RunDirectory(TrainConfig(output=tmp_path / "other"), base)
+    file = tmp_path / "run" / "run.json"
+    file.write_text(file.read_text().replace(first.identity["id"], "0" * 32))
+    with pytest.raises(StoreError, match=r"run\.json is damaged \(its content is not what its checksum says\)"):
+        RunDirectory(config, base)
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(StoreError, match=r"run\.json is damaged"):
         RunDirectory(config, base)

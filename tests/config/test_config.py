@@ -329,3 +329,15 @@ def test_the_reward_that_passes_is_that_of_the_analysis():
     from rlvr_landscape_analysis.schema import SOLVED
 
     assert SweepConfig().env.pass_threshold == SOLVED
+
+
+def test_help_describes_keys_without_reading_the_source_of_pydantic(capsys, monkeypatch):
+    asked = []
+    real = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda item: asked.append(item.__module__) or real(item))
+    with pytest.raises(SystemExit):
+        load_config(["--help"], SweepConfig)
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Coordinates along δ." in out
+    assert "Smallest coordinate; must be below 0." in out
+    assert {name.partition(".")[0] for name in asked} == {"rlvr_landscape_plugin"}

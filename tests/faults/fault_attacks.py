@@ -47,6 +47,7 @@ def dirty_move(sweep: Sweep) -> tuple[str, str]:
     first = sweep.rng.random() < 0.6
     if first:
         sweep.kill()
+        sweep.prepare()
         for host in _toys(sweep):
             host.fail(*[sweep.rng.choice(["dirty", "raise"])] * sweep.rng.randint(1, 2))
         sweep.start()
@@ -80,6 +81,7 @@ def full_tmpdir(sweep: Sweep) -> tuple[str, str]:
     """The reports of the workers cannot be written, at any call of the routes."""
     if sweep.rng.random() < 0.5:
         sweep.kill()
+        sweep.prepare()
         for host in _toys(sweep):
             host.temporary.fill(0)
         sweep.start()

@@ -162,7 +162,7 @@ def scaled_direction(
         return np.zeros(weight.shape, dtype=np.float32)
     noise = _drawn(spec, axis, name, weight.shape, part)
     factor = scale_factor(spec.direction(axis).normalization, weight, noise, global_scale)
-    return (noise * factor.astype(noise.dtype)).astype(np.float32)
+    return np.multiply(noise, factor.astype(noise.dtype), out=noise).astype(np.float32, copy=False)
 
 
 def scale_factor(

@@ -176,6 +176,13 @@ class LandscapeClient:
         """Name of this client's last load; None before the first."""
         return self._load
 
+    async def draw_ahead(self, slice_: JsonObject) -> JsonObject:
+        """Let the server draw the slice that is loaded next while it measures; of the snapshot that is loaded.
+
+        The answer has `begun`, and if it is false a `reason`. Only for a server whose `info` says `draws_ahead`.
+        """
+        return await self._json("POST", "/landscape/ahead", {"slice": slice_, "load": self._load})
+
     async def move(self, alpha: float, beta: float) -> MoveResult:
         """Set the weights to θ + α δ + β η and empty every cache. Atomic: see endpoint.py for what a failure leaves.
 

@@ -1,11 +1,14 @@
 """The `/landscape/*` routes of a vLLM server, as a `vllm.endpoint_plugins` entry point.
 
-    GET  /landscape/info        what this server is, and the coordinates of its weights GET  /landscape/checksums
-    SHA-256 of every parameter in kernel layout, one dict per worker POST /landscape/load        {snapshot, slice,
-    directions} load a snapshot and a slice POST /landscape/move        {alpha, beta, load}           pause · write ·
-    empty the caches · resume POST /landscape/generate    {requests, sampling, version} sample; one JSON line per
-    finished request POST /landscape/score       {sequences, version}          log π of given tokens; one JSON line per
-    sequence
+| route | body | what it does |
+|---|---|---|
+| GET /landscape/info | | what this server is, and the coordinates of its weights |
+| GET /landscape/checksums | | SHA-256 of every parameter in kernel layout, one dict per worker |
+| POST /landscape/load | snapshot, slice, directions | load a snapshot and a slice |
+| POST /landscape/ahead | slice, load | begin to draw the slice that is loaded next |
+| POST /landscape/move | alpha, beta, load | pause, write, empty the caches, resume |
+| POST /landscape/generate | requests, sampling, version | sample; one JSON line per finished request |
+| POST /landscape/score | sequences, version | log π of given tokens; one JSON line per sequence |
 
 Weights are in one of four states: `unknown` (whatever the server was started with), `clean` (at the coordinates that
 `version` names), `moving`, and `dirty` (a move failed half-way and could not be undone). Sampling and scoring are
@@ -47,6 +50,7 @@ from rlvr_landscape_plugin.serving.protocol import (
     MOVE_PATH_VARIABLE,
     PROTOCOL,
     TOKEN_VARIABLE,
+    AheadCall,
     GenerateCall,
     LoadCall,
     MoveCall,
@@ -87,6 +91,7 @@ class LandscapeEndpoint:
             ("/landscape/info", "GET", self._info),
             ("/landscape/checksums", "GET", self._checksums),
             ("/landscape/load", "POST", self._load),
+            ("/landscape/ahead", "POST", self._ahead),
             ("/landscape/move", "POST", self._move),
             ("/landscape/generate", "POST", self._generate),
             ("/landscape/score", "POST", self._score),
@@ -124,6 +129,7 @@ class LandscapeEndpoint:
             "tensor_parallel_size": int(config.parallel_config.tensor_parallel_size),
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
             "backend": getattr(transfer, "backend", None),
+            "draws_ahead": True,
         }
 
     def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -213,6 +219,34 @@ class LandscapeEndpoint:
                 self._at = None
             return JSONResponse({**self._loaded, **self._standing()})
 
+    async def _ahead(self, request: Request) -> JSONResponse:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        call = await _body(request, AheadCall)
+        async with self._lock:
+            self._require_load(call.load)
+            reports = await self._with_reports(
+                lambda folder: self._engine.init_weight_transfer_engine(
+                    WeightTransferInitRequest({"ahead": True, "slice": call.slice, "report": folder})
+                )
+            )
+        if error := _first_error(reports):
+            raise HTTPException(422, error)
+        return JSONResponse(next((report for report in reports if not report["begun"]), reports[0]))
+
+    def _require_load(self, name: str | None) -> JsonObject:
+        """What is loaded, if it is what the caller means; `name` None: whatever it is."""
+        loaded = self._loaded
+        if loaded is None:
+            raise HTTPException(409, "no snapshot is loaded; POST /landscape/load first")
+        if name not in (None, loaded["load"]):
+            raise HTTPException(
+                409,
+                f"another client loaded {Path(loaded['snapshot']).name} since load {name}; exactly one sweep may use a "
+                "server at a time",
+            )
+        return loaded
+
     async def _move(self, request: Request) -> JSONResponse:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -222,15 +256,7 @@ class LandscapeEndpoint:
         if max(abs(call.alpha), abs(call.beta)) > _LARGEST:
             raise HTTPException(422, f"alpha and beta must fit float32, got {call.alpha} and {call.beta}")
         async with self._lock:
-            loaded = self._loaded
-            if loaded is None:
-                raise HTTPException(409, "no snapshot is loaded; POST /landscape/load first")
-            if call.load not in (None, loaded["load"]):
-                raise HTTPException(
-                    409,
-                    f"another client loaded {Path(loaded['snapshot']).name} since load {call.load}; exactly one sweep "
-                    "may use a server at a time",
-                )
+            loaded = self._require_load(call.load)
             clock = [time.perf_counter()]
             before = (self._state, self._at)
             self._state = "moving"
@@ -448,6 +474,7 @@ def _joined(reports: list[JsonObject]) -> JsonObject:
         )
     slowest = next((report for report in reports if report["move_path"] != "kernel"), reports[0])
     path = {key: value for key, value in slowest.items() if key.startswith(("move_path", "directions_memory"))}
+    path["ahead"] = next((report["ahead"] for report in reports if report["ahead"]["errors"]), reports[0]["ahead"])
     return {key: value for key, value in (reports[0] | path).items() if key not in ("theta", "theta_share")}
 
 

@@ -36,6 +36,14 @@ class LoadCall(msgspec.Struct, forbid_unknown_fields=True):
     """Directory of the model that `snapshot` belongs to, if that is an adapter."""
 
 
+class AheadCall(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of /landscape/ahead."""
+
+    slice: dict[str, Any]
+    load: str
+    """Name of the load whose snapshot is meant, as the server answered it."""
+
+
 class MoveCall(msgspec.Struct, forbid_unknown_fields=True):
     """Body of /landscape/move."""
 

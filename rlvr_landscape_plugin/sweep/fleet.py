@@ -34,6 +34,10 @@ class Server:
     log: Path | None = None
     present: bool = False
     """Whether it has loaded the present slice and is ready for points (`pool.Member`)."""
+    draws_ahead: bool = False
+    """Whether it can draw the next slice while it measures; an earlier release cannot."""
+    said: str = ""
+    """Why it does not draw ahead, as the user was told."""
     meter: PointMeter | None = None
     origin: list[dict[str, str]] | None = None
     """Checksums of its weights at the origin, the snapshot itself."""
@@ -46,7 +50,9 @@ class Server:
 def facts_to_keep(facts: JsonObject) -> JsonObject:
     """The facts about a server that a dataset keeps: not the present coordinates of its weights, nor the paths of its
     files."""
-    kept = {key: value for key, value in facts.items() if key not in ("at", "loaded", "state", "version")}
+    kept = {
+        key: value for key, value in facts.items() if key not in ("at", "draws_ahead", "loaded", "state", "version")
+    }
     return kept | {"model": Path(str(facts["model"])).name}
 
 

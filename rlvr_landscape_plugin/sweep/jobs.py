@@ -54,7 +54,9 @@ class Job:
     async def load(self, server: Server) -> None:
         """Let a server load the slice and move to its origin."""
         snapshot, client = self._slice.snapshot, server.client
-        server.facts |= facts_to_keep(await client.info())
+        told = await client.info()
+        server.draws_ahead = bool(told.get("draws_ahead"))
+        server.facts |= facts_to_keep(told)
         server.meter = server.meter or self._meter(server)
         files = {axis: str(path) for axis, path in self._slice.files.items()}
         base = "" if snapshot.base is None else str(snapshot.base.path)
@@ -73,6 +75,11 @@ class Job:
                 f"server.directions_memory = {self._directions_memory!r}; change one of them (docs/servers.md)"
             )
         server.facts |= {key: facts[key] for key in LOADED}
+        for error in facts.get("ahead", {}).get("errors", ()):
+            self._display.say(
+                f"{client.url} could not draw slice {self._slice.spec.seed} ahead ({error}); it was drawn when it was "
+                "loaded, which changes no number"
+            )
         await client.move(0.0, 0.0)
 
     async def _held(self, client: LandscapeClient) -> JsonObject | None:
@@ -216,9 +223,11 @@ class SliceJob(Job):
         directions_memory: str,
         meter: MakeMeter,
         display: Display,
+        following: int | None = None,
     ) -> None:
-        """`index`: which slice of the plan's design; `base`: shared by all of them."""
+        """`index`: which slice of the plan's design; `base`: shared by all of them; `following`: the next slice."""
         super().__init__(plan.design.slices[index], directions_memory, meter, display)
+        self._following = None if following is None else plan.design.slices[following]
         self._plan, self._journal, self._base = plan, plan.journal, base
 
     async def enter(self, server: Server) -> None:
@@ -229,7 +238,21 @@ class SliceJob(Job):
         if server.origin is not None and server.origin != origin:
             raise ServerError(f"{server.client.url} came back with other weights at the origin than it had before")
         server.origin = origin
+        await self._draw_ahead(server)
         await self._base.get(server, self)
+
+    async def _draw_ahead(self, server: Server) -> None:
+        """Let a server draw the next slice while it measures this one; a refusal costs time only, and is said once."""
+        if self._following is None or self._following.files or not server.draws_ahead:
+            return
+        try:
+            answer = await server.client.draw_ahead(self._following.spec.as_dict())
+            reason = "" if answer["begun"] else str(answer["reason"])
+        except ServerError as error:
+            reason = str(error)
+        if reason and reason != server.said:
+            self._display.say(f"{server.client.url} draws no directions ahead: {reason}")
+        server.said = reason
 
     async def measure(self, server: Server, portion: Portion, wanted: Callable[[], bool]) -> None:
         """Measure a portion of a point and journal it, unless another server was first."""

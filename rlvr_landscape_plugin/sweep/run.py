@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from rlvr_landscape_plugin.sweep.fleet import Fleet, Server, check_server, mixed
 from rlvr_landscape_plugin.sweep.growth import probes_identity, snapshot_identity
 from rlvr_landscape_plugin.sweep.heartbeat import Heartbeat
 from rlvr_landscape_plugin.sweep.jobs import BaseBatchOnce, RangeJob, SliceJob
-from rlvr_landscape_plugin.sweep.plan import Plan, make_plans
+from rlvr_landscape_plugin.sweep.plan import Plan, Portion, make_plans
 from rlvr_landscape_plugin.sweep.pool import PointQueue, Pool
 from rlvr_landscape_plugin.sweep.provenance import dataset_annotations, dataset_attributes
 from rlvr_landscape_plugin.sweep.snapshots import check_tensors, open_snapshots
@@ -241,25 +242,34 @@ class Sweep:
             self.display.say(warning)
         base = BaseBatchOnce(plan.journal, self.display)
         with with_server_logs(pool.servers):
-            indices = sorted({plan.design.by_place[portion.place].slice for portion in plan.missing()}) or [0]
-            for index in indices:
-                job = self.job(plan, index, base)
-                await self.measure_slice(plan, index, job, pool)
+            missing = plan.missing()
+            indices = sorted({plan.design.by_place[portion.place].slice for portion in missing}) or [0]
+            for index, following in itertools.zip_longest(indices, indices[1:]):
+                job = self.job(plan, index, base, following)
+                await self.measure_slice(plan, index, job, pool, missing)
             await job.conclude(pool.servers)
 
-    def job(self, plan: Plan, index: int, base: BaseBatchOnce) -> SliceJob:
-        """The job of one slice of a plan."""
+    def job(self, plan: Plan, index: int, base: BaseBatchOnce, following: int | None) -> SliceJob:
+        """The job of one slice of a plan; `following`: the slice that is measured next."""
         slice_ = plan.design.slices[index]
         if slice_.files:
             described = " | ".join(f"{axis} {slice_.description[axis]}" for axis in AXES)
             self.display.say(f"{self.label(plan, index)}: {described}")
-        return SliceJob(plan, index, base, self.config.server.directions_memory, self.meter, self.display)
+        memory = self.config.server.directions_memory
+        return SliceJob(plan, index, base, memory, self.meter, self.display, following)
 
-    async def measure_slice(self, plan: Plan, index: int, job: SliceJob, pool: Pool[Server]) -> None:
-        """Measure the points of one slice; a progressive sweep in as many rounds as its interim looks ask for."""
+    async def measure_slice(
+        self, plan: Plan, index: int, job: SliceJob, pool: Pool[Server], portions: Sequence[Portion]
+    ) -> None:
+        """Measure the points of one slice; a progressive sweep in as many rounds as its interim looks ask for.
+
+        `portions`: what was missing of the plan before its first slice.
+        """
         display, shown, entered = self.display, 0, False
         while True:
-            missing = [p for p in plan.missing() if plan.design.by_place[p.place].slice == index]
+            # Reading all finished points again, for each of many slices, would take longer than the loads.
+            known = portions if plan.refinement is None else plan.missing()
+            missing = [p for p in known if plan.design.by_place[p.place].slice == index]
             if plan.refinement:
                 for look in plan.refinement.looks[shown:]:
                     display.say(f"{plan.design.label}: {plan.refinement.describe(look)}")

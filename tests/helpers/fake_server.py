@@ -23,6 +23,7 @@ from aiohttp import web
 from rlvr_landscape_plugin.directions import SliceSpec, fingerprint
 from rlvr_landscape_plugin.serving.protocol import (
     PROTOCOL,
+    AheadCall,
     GenerateCall,
     LoadCall,
     MoveCall,
@@ -119,8 +120,17 @@ class FakeServer:
             "prefix_caching": True,
             "backend": "landscape",
             "logprobs_mode": "processed_logprobs",
+            "draws_ahead": True,
         } | facts
         self._directions_dtype = self._facts.pop("directions_dtype", "float32")
+        self.ahead: list[int] = []
+        """Seeds of the slices that were asked for ahead, in order."""
+        self.loads: list[int] = []
+        """Seeds of the slices that were loaded, in order."""
+        self.ahead_errors: list[str] = []
+        """What the next loads shall say went wrong with the draws ahead."""
+        self.no_room = ""
+        """Why draws ahead are declined."""
         self._loaded: dict[str, Any] | None = None
         self._at: list[float] | None = None
         self._version, self._state = "unknown", "unknown"
@@ -143,6 +153,8 @@ class FakeServer:
         app = web.Application(client_max_size=2**28)
         for word, method in (("info", "GET"), ("checksums", "GET"), ("load", "POST"), ("move", "POST")):
             app.router.add_route(method, f"/landscape/{word}", self._guarded(word, getattr(self, f"_{word}")))
+        if self._facts["draws_ahead"]:
+            app.router.add_post("/landscape/ahead", self._guarded("ahead", self._ahead))
         for word in ("generate", "score"):
             app.router.add_post(f"/landscape/{word}", self._guarded(word, getattr(self, f"_{word}")))
         self._runner = web.AppRunner(app, shutdown_timeout=1.0)
@@ -202,9 +214,18 @@ class FakeServer:
             "directions_memory": "float32 on the host",
             "directions_memory_reason": "",
             "directions_dtype": self._directions_dtype,
+            "ahead": {"parts": 0, "ready": 0, "errors": self.ahead_errors},
         }
+        self.loads.append(spec.seed)
         self._state, self._at = "unknown", None
         return self._loaded | self._standing()
+
+    async def _ahead(self, body: bytes) -> dict[str, Any]:
+        call = msgspec.json.decode(body, type=AheadCall)
+        if self._loaded is None or call.load != self._loaded["load"]:
+            raise RuntimeError("another client loaded tiny_sorter since", 409)
+        self.ahead.append(SliceSpec(**call.slice).seed)
+        return {"begun": not self.no_room, "reason": self.no_room}
 
     async def _move(self, body: bytes) -> dict[str, Any]:
         call = msgspec.json.decode(body, type=MoveCall)

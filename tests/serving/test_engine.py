@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,14 +24,15 @@ pytest.importorskip("vllm", reason="vLLM is not installed (extra cpu or gpu)")
 import numpy as np
 import torch
 from conftest import POLICY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy_run import make_toy_adapters
 
 from rlvr_landscape_plugin.directions import AXES, DirectionSpec, SliceSpec, Subspace, scaled_direction
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.launch import free_port
 from rlvr_landscape_plugin.serving.protocol import DIRECTIONS_MEMORY_VARIABLE, MOVE_PATH_VARIABLE, ROOTS_VARIABLE
-from rlvr_landscape_plugin.serving.worker import kernel_layout
+from rlvr_landscape_plugin.serving.worker import engine as engine_module
+from rlvr_landscape_plugin.serving.worker import kernel_layout, slice_tensors
 from rlvr_landscape_plugin.serving.worker.engine import (
     LandscapeEngine,
     LoadRequest,
@@ -149,6 +151,111 @@ def test_directions_of_an_adapter_are_drawn_by_the_server_in_every_memory_mode(
         "cannot be drawn around this snapshot"
         in reported(lambda folder: engine.init_transfer_engine(refused(folder)))["error"]
     )
+
+
+def begin_ahead(engine: LandscapeEngine, spec: SliceSpec, wait: bool = True) -> dict:
+    """Draw a slice ahead; `wait` until all of it is there."""
+    request = functools.partial(LoadRequest, slice=spec.as_dict(), ahead=True)
+    answer = reported(lambda folder: engine.init_transfer_engine(request(folder)))
+    if wait and engine._ahead is not None:
+        futures.wait(engine._ahead._parts.values(), timeout=60)
+    return answer
+
+
+def load_slice(engine: LandscapeEngine, spec: SliceSpec, snapshot: Path = POLICY, base: str = "") -> dict:
+    request = functools.partial(LoadRequest, snapshot=str(snapshot), slice=spec.as_dict(), base=base)
+    return reported(lambda folder: engine.init_transfer_engine(request(folder)))
+
+
+@pytest.mark.parametrize("mode", ["float32", "half"])
+@pytest.mark.parametrize("kind", ["tensor", "global", "adapter"])
+def test_a_slice_that_was_drawn_ahead_has_the_same_bits(engine, tmp_path, monkeypatch, kind, mode):
+    monkeypatch.setenv(DIRECTIONS_MEMORY_VARIABLE, mode)
+    monkeypatch.setenv(MOVE_PATH_VARIABLE, "loader")
+    path, base, direction = POLICY, "", None
+    if kind == "adapter":
+        path, base, direction = make_toy_adapters(tmp_path, {3: 0.5})[3], str(POLICY), DirectionSpec("lora")
+    normalization = "global" if kind == "global" else "tensor"
+    first, second = (SliceSpec(seed, normalization, alpha=direction, beta=direction) for seed in (0, 1))
+    load_slice(engine, second, path, base)
+    assert call(engine, 0.2, -0.1)["weights"] == "moved"
+    expected = engine.model.state()
+    load_slice(engine, first, path, base)
+    assert begin_ahead(engine, second) == {"begun": True, "reason": ""}
+    assert call(engine, 0.2, -0.1)["weights"] == "moved", "the slice that is loaded stays in force"
+    assert not same(engine.model.state(), expected)
+    facts = load_slice(engine, second, path, base)
+    assert facts["ahead"] == {"parts": facts["ahead"]["parts"], "ready": facts["ahead"]["parts"], "errors": []}
+    assert facts["ahead"]["parts"] > 0
+    assert call(engine, 0.2, -0.1)["weights"] == "moved"
+    assert same(engine.model.state(), expected)
+
+
+def test_a_draw_ahead_that_fails_is_named_and_made_again(engine, monkeypatch):
+    monkeypatch.setenv(MOVE_PATH_VARIABLE, "loader")
+    second, name = SliceSpec(1), "model.norm.weight"
+    load_slice(engine, second)
+    call(engine, 0.2, -0.1)
+    expected = engine.model.state()
+    load_slice(engine, SliceSpec(0))
+    failures, draw = [1], scaled_direction
+
+    def failing(spec, axis, tensor, *rest):
+        if failures and (axis, tensor) == ("beta", name):
+            failures.clear()
+            raise MemoryError("no room")
+        return draw(spec, axis, tensor, *rest)
+
+    monkeypatch.setattr(slice_tensors, "scaled_direction", failing)
+    begin_ahead(engine, second)
+    facts = load_slice(engine, second)
+    assert facts["ahead"]["errors"] == [f"tensor {name!r} along beta: MemoryError: no room"]
+    assert facts["ahead"]["ready"] == facts["ahead"]["parts"] - 1
+    call(engine, 0.2, -0.1)
+    assert same(engine.model.state(), expected)
+
+
+def test_only_one_slice_is_drawn_ahead_and_only_the_one_that_is_loaded_is_used(engine):
+    load_slice(engine, SliceSpec(2))
+    call(engine, 0.2, -0.1)
+    expected = engine.model.state()
+    assert "no snapshot is loaded" not in begin_ahead(engine, SliceSpec(1), wait=False)
+    given_up = engine._ahead
+    begin_ahead(engine, SliceSpec(3))
+    assert not given_up._parts, "its memory is free"
+    facts = load_slice(engine, SliceSpec(2))
+    assert facts["ahead"] == {"parts": 0, "ready": 0, "errors": []}
+    assert engine._ahead is None
+    call(engine, 0.2, -0.1)
+    assert same(engine.model.state(), expected)
+
+
+def test_what_cannot_be_drawn_ahead_is_said(engine, monkeypatch):
+    assert "no snapshot is loaded" in begin_ahead(engine, SliceSpec(1))["error"]
+    load_slice(engine, SliceSpec(0))
+    along = DirectionSpec("file", "none", sha256="0" * 64)
+    assert begin_ahead(engine, SliceSpec(1, alpha=along))["reason"] == "its directions are read from files"
+    monkeypatch.setattr(engine_module.memory, "free_on_host", lambda: 2.0**20)
+    assert "GiB needed of 0.000977 GiB free on the host" in begin_ahead(engine, SliceSpec(1))["reason"]
+    monkeypatch.undo()
+    engine._state.held_as = None
+    assert begin_ahead(engine, SliceSpec(1))["reason"] == "directions are drawn for each move"
+    assert engine._ahead is None
+
+
+def test_a_snapshot_that_changes_on_disk_is_read_again(engine, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(POLICY, copy)
+    (copy / "manifest.json").unlink(missing_ok=True)
+    first = load_slice(engine, SliceSpec(0), copy)
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][0] += 1.0
+    (copy / "model.safetensors").unlink()
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    second = load_slice(engine, SliceSpec(0), copy)
+    assert first["snapshot_sha256"] != second["snapshot_sha256"] == open_snapshot(copy).sha256
+    assert call(engine, 0.0, 0.0)["weights"] == "moved"
+    assert torch.equal(engine.model.state()["model.norm.weight"], weights["model.norm.weight"])
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -405,6 +512,8 @@ class Trip:
     memory: str = "auto"
     earlier: bool = False
     """Whether another slice of the snapshot was loaded, and moved along, before."""
+    ahead: bool = False
+    """Whether the slice was drawn ahead meanwhile."""
 
 
 def travel(trip: Trip, rank: int, ranks: int) -> dict[str, Any]:
@@ -425,6 +534,8 @@ def travel(trip: Trip, rank: int, ranks: int) -> dict[str, Any]:
             before = request | {"slice": {"seed": 9}}
             reported(lambda place: engine.init_transfer_engine(LoadRequest(place, **before)), rank)
             reported(lambda place: engine.receive_weights(MoveRequest(0.1, -0.3, place)), rank)
+        if trip.ahead:
+            begin_ahead(engine, SliceSpec(0))
         loaded = reported(lambda place: engine.init_transfer_engine(LoadRequest(place, **request)), rank)
         held, moves, products = [checksums(model)], [], []
         for alpha, beta in POINTS:
@@ -551,6 +662,10 @@ def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
     trips |= {f"{name}-regenerated": Trip(*case, "kernel", memory="regenerated") for name, case in cases.items()}
     trips |= {f"bent-{path}": Trip(untied, "float32", path, bend) for path in ("kernel", "loader")}
     trips |= {"later slice": Trip(untied, "float32", "kernel", earlier=True)}
+    trips |= {
+        f"ahead, {name}": Trip(*case, "kernel", memory="float32", earlier=True, ahead=True)
+        for name, case in cases.items()
+    }
     (results,) = run_ranks(1, tmp_path, trips)
     for name, (snapshot, dtype) in cases.items():
         for memory, held_as in (("float32", "float32"), ("half", "bfloat16")):
@@ -578,6 +693,10 @@ def test_kernel_layout_and_loader_leave_the_same_bits(tmp_path):
     assert "trial of an earlier slice" in later["loaded"]["move_path_reason"]
     assert "trial" not in later["loaded"]["seconds_of"]
     assert set(alone["loaded"]["seconds_of"]) == {"read", "draw", "trial"}
+    for name in cases:
+        ahead, alone = results[f"ahead, {name}"], results[f"{name}-float32-kernel"]
+        assert ahead["held"][1:] == alone["held"][1:]
+        assert ahead["loaded"]["ahead"]["ready"] == ahead["loaded"]["ahead"]["parts"] > 0
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ endpoint created and named in the request.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -41,13 +42,15 @@ from rlvr_landscape_plugin.directions import (
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
 from rlvr_landscape_plugin.serving.worker import memory
+from rlvr_landscape_plugin.serving.worker.ahead import DrawnAhead
 from rlvr_landscape_plugin.serving.worker.kernel_layout import (
     Layout,
+    Origin,
     UnsupportedLayoutError,
     build_layout,
 )
 from rlvr_landscape_plugin.serving.worker.packed import keep_plain, packable, repack_shared, unpacked
-from rlvr_landscape_plugin.serving.worker.slice_tensors import MoveStats, Slice, load_tensors
+from rlvr_landscape_plugin.serving.worker.slice_tensors import MoveStats, Slice, load_tensors, squared
 from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
 
 try:
@@ -97,6 +100,8 @@ class LoadRequest(WeightTransferInitInfo):
     """Axis → file, for each axis whose direction is not drawn from the seed."""
     base: str = ""
     """Directory of the model that the snapshot belongs to, if it is an adapter."""
+    ahead: bool = False
+    """Load nothing now; begin to draw `slice` of the snapshot that is loaded, in the background."""
 
 
 @dataclass
@@ -125,13 +130,25 @@ def checksums(model: Any) -> dict[str, str]:
     return digests
 
 
-def _open_confined(path: str, base: str) -> Snapshot:
-    """The snapshot at `path`; raises `ValueError` for an adapter without `base`, whose configuration could name any
-    directory."""
+def _confined(path: str, base: str) -> tuple[Path, Path | None]:
+    """The directories of a snapshot and its base; raises `ValueError` for an adapter without `base`, whose
+    configuration could name any directory."""
     found = access.confined_snapshot(path)
     if not base and (found / "adapter_config.json").is_file():
         raise ValueError(f"{found.name} is an adapter: name the directory of its base model too (base)")
-    return open_snapshot(found, access.confined_snapshot(base, "base model") if base else None)
+    return found, access.confined_snapshot(base, "base model") if base else None
+
+
+def _files_of(*folders: Path | None) -> object:
+    """Names, sizes and times of change of all files below: the same as long as nobody has written to one."""
+    files = [file for folder in folders if folder is not None for file in sorted(folder.rglob("*")) if file.is_file()]
+    found = [(file, file.stat()) for file in files]
+    return [(str(file), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in found]
+
+
+def _key(snapshot: Snapshot, spec: SliceSpec, dtype: torch.dtype) -> str:
+    """What the directions of a slice depend on, and what they are rounded to."""
+    return json.dumps([snapshot.sha256, spec.as_dict(), str(dtype)], sort_keys=True)
 
 
 def _digest(values: torch.Tensor) -> str:
@@ -140,11 +157,31 @@ def _digest(values: torch.Tensor) -> str:
 
 
 @dataclass
-class _State:
+class _Source:
+    """A snapshot that was read and checked."""
+
+    key: object
+    """Its files, their sizes and times of change."""
     snapshot: Snapshot
+    theta: dict[str, torch.Tensor] | None
+    """Mapped from its files; None for an adapter that is loaded, because merged tensors take memory."""
+    theta_squared: float
+
+    def slice(self, spec: SliceSpec, files: dict[str, str], dtype: torch.dtype) -> Slice:
+        """A slice around it; raises as `Slice.build`."""
+        theta = load_tensors(self.snapshot) if self.theta is None else self.theta
+        return Slice.build(theta, spec, files, dtype, subspace_of(self.snapshot), self.theta_squared)
+
+
+@dataclass
+class _State:
+    source: _Source
     how: Slice | Layout
     """By checkpoint names for the loader, or in kernel layout."""
-    theta_squared: float
+    names: tuple[str, ...]
+    """Of the checkpoint's tensors, in the order in which a load takes them."""
+    held_as: torch.dtype | None
+    """Dtype of the directions; None: they are drawn for each move."""
     at: tuple[float, float] | None = None
     """Coordinates of the weights in the model; None: the model holds something else."""
 
@@ -174,6 +211,12 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         directions."""
         self._seconds: dict[str, float] = {}
         """What loading the present slice spent its time on."""
+        self._ahead: DrawnAhead | None = None
+        """The slice that is probably loaded next."""
+        self._source: _Source | None = None
+        """The snapshot that was loaded last."""
+        self._origin: tuple[object, Origin] | None = None
+        """It in kernel layout, and where."""
 
     def init_transfer_engine(self, init_info: LoadRequest) -> None:
         """Read, check and scale; after any error the report says what failed, and the slice that was loaded before
@@ -185,6 +228,9 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         `dirty`.
         """
         access.check_report_directory(init_info.report)
+        if init_info.ahead:
+            self._report(init_info.report, self._draw_ahead(init_info.slice))
+            return
         if not init_info.snapshot:
             self._report(init_info.report, checksums(self.model))
             return
@@ -192,27 +238,37 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         self._seconds = {}
         # Before any worker of this machine frees memory or takes more.
         free = memory.free_on_host() / self._workers + (0 if self._state is None else self._state.on_host)
+        free += 0 if self._ahead is None else self._ahead.nbytes
         try:
             wish = memory.asked()
             self._check_kernels()
-            snapshot = _open_confined(init_info.snapshot, init_info.base)
+            source = self._opened(init_info.snapshot, init_info.base)
+            snapshot = source.snapshot
             files = {
                 axis: str(access.confined(file, f"direction {axis}")) for axis, file in init_info.directions.items()
             }
-            served = open_snapshot(self.model_config.model)
-            compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
             spec = SliceSpec(**init_info.slice)
             dtype = memory.HALF if wish == "half" else torch.float32
-            slice_ = Slice.build(load_tensors(snapshot), spec, files, dtype, subspace_of(snapshot))
+            ahead, self._ahead = self._ahead, None
+            slice_ = None
+            if ahead is not None:
+                if ahead.key == _key(snapshot, spec, dtype):
+                    slice_ = ahead.take()
+                else:
+                    ahead.cancel()
+                    ahead = None
+            if slice_ is None:
+                slice_ = source.slice(spec, files, dtype)
+            if snapshot.adapter is not None:
+                source.theta = None
             moving = sum(slice_.theta[name].numel() for name in slice_.moving)
-            theta_squared = slice_.theta_squared
         except (ValueError, OSError, TypeError) as error:
             self._report(init_info.report, {"error": str(error)})
             return
         self._seconds["read"] = time.perf_counter() - started
         at = None
         if self._state is not None and self._state.at == (0.0, 0.0):
-            at = (0.0, 0.0) if self._state.snapshot.sha256 == snapshot.sha256 else None
+            at = (0.0, 0.0) if self._state.source.snapshot.sha256 == snapshot.sha256 else None
         # Its memory is needed for the next.
         self._state = None
         try:
@@ -221,7 +277,17 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             outcome = {"error": f"checking the moves failed: {type(error).__name__}: {error}", "weights": "dirty"}
             self._report(init_info.report, outcome)
             return
-        self._state = _State(snapshot, how, theta_squared, at)
+        self._state = _State(
+            *(source, how, tuple(slice_.theta)),
+            held_as=None if place.mode == "regenerated" else dtype,
+            at=at,
+        )
+        drawn = {"parts": 0, "ready": 0, "errors": []}
+        if ahead is not None:
+            drawn = {"parts": ahead.count, "ready": ahead.used, "errors": ahead.errors[:3]}
+            ahead.cancel()
+        for error in drawn["errors"]:
+            logger.error("landscape: drawing slice %s ahead failed: %s", spec.seed, error)
         kernel = isinstance(how, Layout)
         held = str(dtype).removeprefix("torch.")
         where = f"{held} on {self.device if place.on_device else 'the host'}"
@@ -234,13 +300,14 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             "device": str(self.device),
             "parameters": sum(math.prod(shape) for shape in snapshot.shapes.values()),
             "moving_parameters": moving,
-            "theta": theta_squared,
-            "theta_share": how.squared("theta") if isinstance(how, Layout) else theta_squared / self._ranks,
+            "theta": source.theta_squared,
+            "theta_share": how.squared("theta") if isinstance(how, Layout) else source.theta_squared / self._ranks,
             "move_path": "kernel" if kernel else "loader",
             "move_path_reason": reason,
             "directions_memory": where,
             "directions_memory_reason": place.reason,
             "directions_dtype": held,
+            "ahead": drawn,
             "seconds": time.perf_counter() - started,
             "seconds_of": {what: round(seconds, 4) for what, seconds in self._seconds.items()},
         }
@@ -250,6 +317,54 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             *(snapshot.path.name, facts["move_path"], reason, where, place.reason, facts["seconds"], spent),
         )
         self._report(init_info.report, facts)
+
+    def _opened(self, path: str, base: str) -> _Source:
+        """The snapshot at `path`, read and checked; once, as long as its files do not change.
+
+        Raises `ValueError` or `OSError` for one that cannot be measured.
+        """
+        folders = _confined(path, base)
+        key = (folders, _files_of(*folders))
+        if self._source is not None and self._source.key == key:
+            return self._source
+        snapshot = open_snapshot(*folders)
+        served = open_snapshot(self.model_config.model)
+        compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
+        _ = snapshot.sha256
+        theta = load_tensors(snapshot)
+        self._source = _Source(key, snapshot, theta, squared(theta))
+        return self._source
+
+    def _draw_ahead(self, slice_: dict[str, Any]) -> dict[str, Any]:
+        """Begin to draw a slice of the snapshot that is loaded; says why not, where it does not begin."""
+        state = self._state
+        if state is None:
+            return {"error": "no snapshot is loaded on this worker"}
+        try:
+            spec = SliceSpec(**slice_)
+        except (ValueError, TypeError) as error:
+            return {"error": f"not a slice: {error}"}
+        if reason := self._not_ahead(state, spec):
+            return {"begun": False, "reason": reason}
+        dtype = state.held_as or torch.float32
+        key = _key(state.source.snapshot, spec, dtype)
+        if self._ahead is not None:
+            if self._ahead.key == key:
+                return {"begun": True, "reason": ""}
+            self._ahead.cancel()
+        names = [name for name in state.names if spec.moves(name)]
+        self._ahead = DrawnAhead(key, names, functools.partial(state.source.slice, spec, {}, dtype))
+        return {"begun": True, "reason": ""}
+
+    def _not_ahead(self, state: _State, spec: SliceSpec) -> str:
+        """Why a slice is not drawn ahead; empty if it can be."""
+        if not all(spec.drawn(axis) for axis in AXES):
+            return "its directions are read from files"
+        if state.held_as is None:
+            return "directions are drawn for each move"
+        moving = sum(math.prod(shape) for name, shape in state.source.snapshot.shapes.items() if spec.moves(name))
+        free = memory.free_on_host() / self._workers + (0 if self._ahead is None else self._ahead.nbytes)
+        return memory.too_little(2 * state.held_as.itemsize * moving, free)
 
     @property
     def _ranks(self) -> int:
@@ -280,6 +395,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             except UnsupportedLayoutError as error:
                 logger.warning("landscape: moves take the slow path through the loader: %s", error)
                 unfit = str(error)
+        self._origin = None
         place = self._place(slice_, wish, free, kernel=False)
         if place.mode != "regenerated":
             slice_ = slice_.hold(self.device if place.on_device else torch.device("cpu"))
@@ -329,11 +445,15 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         """
         home = self.device if place.on_device else torch.device("cpu")
         held_as = memory.HALF if place.mode == "half" else torch.float32
+        where = (snapshot.sha256, home)
+        if self._origin is not None and self._origin[0] != where:
+            # Its memory is needed.
+            self._origin = None
         kind = (snapshot.sha256, tuple(slice_.moving), home, held_as)
         if kind in self._tried:
-            return self._laid_out(
-                slice_, home, held_as
-            ), "same weights as by the loader in the trial of an earlier slice"
+            layout = self._laid_out(slice_, home, held_as, None if self._origin is None else self._origin[1])
+            self._origin = None if layout.origin is None else (where, layout.origin)
+            return layout, "same weights as by the loader in the trial of an earlier slice"
         draw = random.Random(snapshot.sha256)
         point = (draw.uniform(0.5, 1.5), -draw.uniform(0.5, 1.5))
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -370,15 +490,20 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         finally:
             put_back()
         self._tried.add(kind)
+        self._origin = None if layout.origin is None else (where, layout.origin)
         return layout, f"same weights as by the loader at ({point[0]:.3f}, {point[1]:.3f})"
 
-    def _laid_out(self, slice_: Slice, home: torch.device, held_as: torch.dtype) -> Layout:
+    def _laid_out(
+        self, slice_: Slice, home: torch.device, held_as: torch.dtype, origin: Origin | None = None
+    ) -> Layout:
         """The slice in kernel layout; raises `UnsupportedLayoutError`. The weights stay as they are."""
         delta, eta = (slice_.along(axis) for axis in AXES)
         try:
             with self._timed("draw"):
                 return build_layout(
-                    self.model, self.model_config.dtype, slice_.theta, delta, eta, held_as, home, self._ranks
+                    *(self.model, self.model_config.dtype, slice_.theta, delta, eta, held_as, home),
+                    ranks=self._ranks,
+                    origin=origin,
                 )
         except UnsupportedLayoutError:
             raise
@@ -435,7 +560,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             update_info.report,
             {
                 "changed": changed,
-                "theta": state.theta_squared,
+                "theta": state.source.theta_squared,
                 "weights": "moved",
                 "seconds": time.perf_counter() - started,
             },
@@ -479,4 +604,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
 
     def shutdown(self) -> None:
         """Drop slice and snapshot; the model keeps the weights it has."""
-        self._state = None
+        self._state = self._source = self._origin = None
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead = None

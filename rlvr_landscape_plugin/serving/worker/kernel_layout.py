@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from rlvr_landscape_plugin.serving.worker.packed import memory_of, pack, packable, packed_linear
+from rlvr_landscape_plugin.serving.worker.packed import PackedLinear, memory_of, pack, packable
 
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 """Elements that a move handles at once: what stays in a core's cache, what keeps a GPU busy."""
@@ -68,12 +68,27 @@ class Part:
         """What a move writes, flat, and what the kernel will read; looked up each time, because a reload replaces
         it."""
         if self.packed is not None:
-            self.module.cpu_linear = packed_linear(self.packed)
+            self.module.cpu_linear = PackedLinear(self.packed)
             return memory_of(self.packed)
         live = getattr(self.module, self.attribute).detach()
         if live.numel() != self.theta.numel() or not live.is_contiguous():
             raise RuntimeError(f"{self.attribute} of a {type(self.module).__name__} no longer has the layout it had")
         return live.view(-1)
+
+
+@dataclass
+class Origin:
+    """A checkpoint in kernel layout, which all slices around it share."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Checkpoint name → shape, in the order of loading."""
+    theta: dict[Key, torch.Tensor]
+    """Flat, one tensor per parameter that the checkpoint fills."""
+    shares: dict[Key, list[tuple[int, int, float]]]
+    packed: dict[Key, torch.Tensor]
+    """oneDNN tensors that moves write; shared by all slices."""
+    squared: float
+    """Σ θ² under checkpoint names."""
 
 
 @dataclass
@@ -83,6 +98,7 @@ class Layout:
     parts: list[Part]
     home: torch.device
     """Where θ, δ and η are: with the parameters, or on the host."""
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -165,14 +181,21 @@ def _move_chunks(chunks: Iterator[tuple[tuple[torch.Tensor, ...], float]], alpha
 
 
 @functools.cache
-def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """A thread for each core that this process may use, and those of the front end, which waits during a move.
+def usable_cores() -> set[int]:
+    """The cores that this process may use, and those of the front end, which waits during a move.
 
     Where the user bound the server's threads, only the cores named.
     """
     cores = os.sched_getaffinity(0)
     if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
         cores |= os.sched_getaffinity(os.getppid())
+    return cores
+
+
+@functools.cache
+def _threads() -> tuple[ThreadPoolExecutor, int]:
+    """A thread for each of `usable_cores`."""
+    cores = usable_cores()
     count = min(len(cores), _MOST_THREADS)
 
     def begin() -> None:
@@ -207,65 +230,93 @@ def build_layout(
     directions_dtype: torch.dtype,
     home: torch.device,
     ranks: int = 1,
+    origin: Origin | None = None,
 ) -> Layout:
     """Send θ (checkpoint names), δ and η through the model's loader; its weights stay as they are.
 
     `delta` and `eta` are in the order of `theta`, None for tensors that do not move, and are read one at a time; their
-    values must be exact in `directions_dtype`. `ranks` is the tensor-parallel size. Raises `UnsupportedLayoutError`,
-    also for a model that does not hold every tensor exactly once (which is known for one rank only).
+    values must be exact in `directions_dtype`. `ranks` is the tensor-parallel size. `origin`: that of an earlier layout
+    of the same checkpoint in the same place; then only δ and η are sent. Raises `UnsupportedLayoutError`, also for a
+    model that does not hold every tensor exactly once (which is known for one rank only).
     """
+    modules = dict(model.named_modules())
+    if origin is None:
+        origin = _origin(model, modules, dtype, theta, home, ranks)
+    first, given_first = _flat(model, origin.shapes, delta, directions_dtype, home, origin.packed, origin.theta)
+    second, given_second = _flat(model, origin.shapes, eta, directions_dtype, home, origin.packed, origin.theta)
+    parts = [
+        Part(
+            *(modules[key[0]], key[1], values, first[key], second[key]),
+            shares=origin.shares[key],
+            packed=origin.packed.get(key),
+        )
+        for key, values in origin.theta.items()
+    ]
+    layout = Layout(parts, home, origin)
+    given = (origin.squared, given_first, given_second)
+    held = [layout.squared(attribute) for attribute in ("theta", "delta", "eta")]
+    if ranks == 1 and any(abs(a - b) > 1e-9 * b for a, b in zip(held, given, strict=True)):
+        raise UnsupportedLayoutError("the model does not hold every tensor of the checkpoint exactly once")
+    return layout
+
+
+def _origin(
+    model: Any,
+    modules: dict[str, Any],
+    dtype: torch.dtype,
+    theta: dict[str, torch.Tensor],
+    home: torch.device,
+    ranks: int,
+) -> Origin:
+    """A checkpoint in kernel layout; raises `UnsupportedLayoutError`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in theta.items()}
     kinds = {tensor.dtype for tensor in theta.values()}
     stored = kinds.pop() if len(kinds) == 1 and kinds <= set(_STORED) else torch.float32
-    modules = dict(model.named_modules())
     chosen, owners = _owners(model, dtype, shapes, home, ranks)
     packed = {
         key: pack(torch.empty(shape, dtype=torch.float32))
         for key, shape in chosen.items()
         if not getattr(modules[key[0]], key[1]).numel()
     }
-    lengths = [memory_of(packed[key]).numel() if key in packed else math.prod(shape) for key, shape in chosen.items()]
-    given: list[float] = []
-    """Σ of squares of θ, δ and η under checkpoint names."""
+    # Packed in float32; a checkpoint of 16-bit floats stays so where parameters are written as they are.
+    flat, squared = _flat(model, shapes, theta.values(), torch.float32 if packed else stored, home, packed, chosen)
+    shares = {key: [(0, values.numel(), 1.0)] if ranks == 1 else owners[key] for key, values in flat.items()}
+    return Origin(shapes, flat, shares, packed, squared)
 
-    def named(tensors: Iterable[torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
-        given.append(0.0)
+
+def _flat(
+    model: Any,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: Iterable[torch.Tensor | None],
+    dtype: torch.dtype,
+    home: torch.device,
+    packed: dict[Key, torch.Tensor],
+    chosen: Iterable[Key],
+) -> tuple[dict[Key, torch.Tensor], float]:
+    """Tensors of a checkpoint (None: zeros) in kernel layout, flat, of `dtype`; and the sum of their squares."""
+    given = 0.0
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal given
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
             if tensor is None:
                 yield name, torch.zeros((), dtype=torch.float32).expand(shape)
                 continue
             values = tensor.to(torch.float32)
-            given[-1] += float(values.square().sum(dtype=torch.float64))
+            given += float(values.square().sum(dtype=torch.float64))
             yield name, values
 
-    def flat(tensors: Iterable[torch.Tensor | None], as_dtype: torch.dtype) -> dict[Key, torch.Tensor]:
-        captured = _capture(model, named(tensors), home, torch.float32 if packed else as_dtype)
-        if home.type != "cpu":
-            return {key: captured[key].view(-1) for key in chosen}
-        result = dict(zip(chosen, _empty(sum(lengths), as_dtype).split(lengths), strict=True))
-        for key, place in result.items():
-            values = captured.pop(key)
-            if key in packed:
-                values = pack(values)
-            place.copy_(memory_of(values) if key in packed else values.view(-1))
-        return result
-
-    # Packed in float32; a checkpoint of 16-bit floats stays so where parameters are written as they are.
-    origin = flat(theta.values(), torch.float32 if packed else stored)
-    first, second = flat(delta, directions_dtype), flat(eta, directions_dtype)
-    parts = [
-        Part(
-            *(modules[key[0]], key[1], origin[key], first[key], second[key]),
-            shares=[(0, length, 1.0)] if ranks == 1 else owners[key],
-            packed=packed.get(key),
-        )
-        for key, length in zip(chosen, lengths, strict=True)
-    ]
-    layout = Layout(parts, home)
-    held = [layout.squared(attribute) for attribute in ("theta", "delta", "eta")]
-    if ranks == 1 and any(abs(a - b) > 1e-9 * b for a, b in zip(held, given, strict=True)):
-        raise UnsupportedLayoutError("the model does not hold every tensor of the checkpoint exactly once")
-    return layout
+    captured = _capture(model, named(), home, torch.float32 if packed else dtype)
+    if home.type != "cpu":
+        return {key: captured[key].view(-1) for key in chosen}, given
+    lengths = {key: memory_of(packed[key]).numel() if key in packed else captured[key].numel() for key in chosen}
+    result = dict(zip(lengths, _empty(sum(lengths.values()), dtype).split(list(lengths.values())), strict=True))
+    for key, place in result.items():
+        values = captured.pop(key)
+        if key in packed:
+            values = pack(values)
+        place.copy_(memory_of(values) if key in packed else values.view(-1))
+    return result, given
 
 
 def _empty(length: int, dtype: torch.dtype) -> torch.Tensor:

@@ -67,6 +67,11 @@ def choose(wish: Asked, device: tuple[float, float] | None, host: tuple[float, f
     return Memory(mode, False, "; ".join(words))
 
 
+def too_little(needed: float, free: float) -> str:
+    """Why so many more bytes are not taken on the host; empty if there is room."""
+    return _words((needed, free), "on the host") if needed > _HOST_MARGIN * free else ""
+
+
 def _words(memory: tuple[float, float], where: str) -> str:
     needed, free = (size / 2**30 for size in memory)
     return f"{needed:.3g} GiB needed of {free:.3g} GiB free {where}"

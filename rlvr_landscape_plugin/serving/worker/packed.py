@@ -7,7 +7,7 @@ as vLLM does, and takes layers out of packing where a move could not write them 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +33,14 @@ def memory_of(packed: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.float32)
 
 
-def packed_linear(packed: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
-    return lambda x, weight, bias: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+@dataclass
+class PackedLinear:
+    """What a linear layer of a CPU multiplies with, as vLLM calls it."""
+
+    packed: torch.Tensor
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
 def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,7 +72,12 @@ def keep_plain(model: Any, dtype: torch.dtype, ranks: int) -> None:
 
 
 def unpacked(module: Any, parameter: torch.Tensor) -> torch.Tensor:
-    """The weight, (out, in), of a layer packed for a CPU: the kernel's product with the identity, exact."""
+    """The weight, (out, in), of a layer packed for a CPU, exact.
+
+    oneDNN itself reads back what was packed here; of a layer that vLLM packed, it is the product with the identity.
+    """
+    if isinstance(module.cpu_linear, PackedLinear):
+        return module.cpu_linear.packed.to_dense()
     identity = torch.eye(module.input_size_per_partition, dtype=parameter.dtype)
     return module.cpu_linear(identity, parameter, None).t().contiguous()
 

@@ -60,12 +60,19 @@ def load_tensors(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for file in snapshot.files:
         with safe_open(str(file), framework="pt", device="cpu") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a mapping
-                tensor = handle.get_tensor(name)
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"{file}: tensor {name!r} holds NaN or infinity; this snapshot cannot be measured")
-                tensors[name] = tensor
+            own = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
+        # One thread per tensor: threads within a tensor wait for each other, which is slow on a busy machine.
+        finite = in_threads(lambda tensor: bool(torch.isfinite(tensor).all()), own.values())
+        for name, whole in zip(own, finite, strict=True):
+            if not whole:
+                raise ValueError(f"{file}: tensor {name!r} holds NaN or infinity; this snapshot cannot be measured")
+        tensors |= own
     return tensors
+
+
+def squared(theta: Mapping[str, torch.Tensor]) -> float:
+    """Σ θ² over all tensors, float64."""
+    return sum(in_threads(lambda t: float(t.to(torch.float32).square().sum(dtype=torch.float64)), theta.values()))
 
 
 @dataclass
@@ -79,6 +86,8 @@ class Slice:
     """The part of a direction in a tensor that moves, on the CPU: the same at each call, also in threads."""
     held: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
     """(δ, η) of each tensor that moves, beside `theta`; None: drawn whenever they are needed."""
+    known_square: float | None = None
+    """Σ θ², where it is known already."""
 
     @classmethod
     def build(
@@ -88,6 +97,7 @@ class Slice:
         files: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
         subspace: Subspace | None = None,
+        known_square: float | None = None,
     ) -> Slice:
         """Directions that are drawn from the seed, or read from `files`, when needed; rounded to `dtype`.
 
@@ -120,7 +130,7 @@ class Slice:
                 values = scaled_direction(spec, axis, name, weight(name), scales[axis], part)
             return torch.from_numpy(values).to(dtype)
 
-        return cls(spec, theta, draw)
+        return cls(spec, theta, draw, known_square=known_square)
 
     @property
     def moving(self) -> list[str]:
@@ -131,7 +141,8 @@ class Slice:
         """The same slice with θ, δ and η resident on `device`."""
         pairs = zip(self.moving, self._pairs(self.moving), strict=True)
         held = {name: (delta.to(device), eta.to(device)) for name, (delta, eta) in pairs}
-        return Slice(self.spec, {name: tensor.to(device) for name, tensor in self.theta.items()}, self.draw, held)
+        theta = {name: tensor.to(device) for name, tensor in self.theta.items()}
+        return Slice(self.spec, theta, self.draw, held, self.theta_squared)
 
     def along(self, axis: Axis) -> Iterator[torch.Tensor | None]:
         """The direction of an axis, drawn tensor by tensor in the order of `theta`; None where it does not move."""
@@ -147,7 +158,7 @@ class Slice:
     @cached_property
     def theta_squared(self) -> float:
         """Σ θ² over all tensors, float64."""
-        return sum(float(torch.sum(t.to(torch.float32).square(), dtype=torch.float64)) for t in self.theta.values())
+        return squared(self.theta) if self.known_square is None else self.known_square
 
     def at(self, alpha: float, beta: float, dtype: torch.dtype, stats: MoveStats) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, θ + α δ + β η) in `dtype`, one tensor at a time, adding to `stats` on the way."""

@@ -30,7 +30,7 @@ from rlvr_landscape_analysis.schema import EVALUATIONS_FILE, METRICS_FILE, RUN_F
 from rlvr_landscape_analysis.statistics.boundary import boundary_change
 from rlvr_landscape_analysis.statistics.claims import claim_t3
 from rlvr_landscape_analysis.statistics.diagnostics import entropy_law, two_stage
-from rlvr_landscape_analysis.statistics.path import displacement_position
+from rlvr_landscape_analysis.statistics.path import compared_position
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 from rlvr_landscape_analysis.statistics.wording import number, sampled, signed
 from rlvr_landscape_analysis.study import write_study
@@ -209,14 +209,22 @@ def _over(value: float, interval: tuple[float, float], runs: int) -> str:
 
 
 def frontier_rows(analyses: Sequence[EvidenceAnalysis]) -> list[tuple[str, ...]]:
-    """The way back to step 0 of every run and step."""
+    """Training's own ways of every run and step, as far as random directions reach their KL.
+
+    Back to step 0 along the displacement, and on along the next update.
+    """
     rows = []
     for analysis in analyses:
-        for step, data in sorted(analysis.path.items()):
-            at = displacement_position(data["position"].values)
-            if at is None or "displacement" not in data["path"].values:
+        for step, path, target in (
+            (step, str(path), -1.0 if path == "displacement" else 1.0)
+            for step, data in sorted(analysis.path.items())
+            for path in data["path"].values
+        ):
+            along = analysis.path[step].sel(path=path)
+            at = compared_position(along, target)
+            if at is None:
                 continue
-            here = data.sel(path="displacement").isel(position=at)
+            here = along.isel(position=at)
             advantage, ratio = float(here["advantage"]), float(here["fisher_ratio"])
             bounds = [
                 tuple(float(v) for v in here[f"{name}_interval"].values) for name in ("advantage", "fisher_ratio")
@@ -225,12 +233,20 @@ def frontier_rows(analyses: Sequence[EvidenceAnalysis]) -> list[tuple[str, ...]]
                 (
                     analysis.name,
                     str(step),
+                    f"{path}, {signed(float(here['position']))}",
                     f"{float(here['kl']):.2g}",
-                    number(advantage, bounds[0], digits=3) if np.isfinite(advantage) else "no census at this KL",
-                    f"{ratio:.3g} [{bounds[1][0]:.3g}, {bounds[1][1]:.3g}]" if np.isfinite(ratio) else "not defined",
+                    number(advantage, bounds[0], digits=3),
+                    f"{_plain(ratio)} [{_plain(bounds[1][0])}, {_plain(bounds[1][1])}]"
+                    if np.isfinite(ratio)
+                    else "not defined",
                 )
             )
     return rows
+
+
+def _plain(value: float) -> str:
+    """Three digits, and none after the point from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def boundary_rows(data: Data) -> list[tuple[str, ...]]:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xarray as xr
 from rlvr_landscape_analysis import AnalysisError, synthetic_designs
 from rlvr_landscape_analysis.designs import census_points
-from rlvr_landscape_analysis.statistics.path import displacement_position, path, path_points, prompts_of, rays_at
+from rlvr_landscape_analysis.statistics.path import (
+    compared_position,
+    path,
+    path_points,
+    prompts_of,
+    rays_at,
+)
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
 
 RADII = (1.25, 2.5, 5.0, 10.0)
@@ -63,8 +70,18 @@ def test_a_path_alone_has_its_own_numbers():
     assert found["change_interval"].notnull().all()
     change = path_points(data)[0].change
     np.testing.assert_allclose(found["change"].sel(path="a")[0], change[0].mean())
-    assert displacement_position(found["position"].values) == 0
-    assert displacement_position([0.0, 1.0]) is None
+
+
+def test_a_path_is_read_where_random_directions_reach_its_kl():
+    positions, nan = [-1.5, -1.0, -0.5, -0.25, 0.0, 0.5], np.nan
+
+    def along(*advantage):
+        return xr.Dataset({"advantage": ("position", np.array(advantage))}, {"position": positions})
+
+    assert compared_position(along(0.1, 0.1, 0.1, 0.1, nan, 0.1)) == 1, "the target itself, and nothing beyond it"
+    assert compared_position(along(0.1, nan, 0.1, 0.1, nan, 0.1)) == 2
+    assert compared_position(along(0.1, nan, nan, nan, nan, 0.1)) is None
+    assert compared_position(along(0.1, nan, nan, nan, nan, 0.1), target=1.0) == 5
 
 
 def test_a_position_that_failed_is_left_out_and_a_prompt_too():

@@ -28,6 +28,7 @@ from rlvr_landscape_analysis.figures.style import (
 )
 from rlvr_landscape_analysis.results import PAIR_NAMES
 from rlvr_landscape_analysis.statistics.claims import NEGLIGIBLE
+from rlvr_landscape_analysis.statistics.path import compared_position
 
 CLOUD, CLOUD_MEAN = "0.72", "0.35"
 """Greys of random directions: the policies, and their mean."""
@@ -73,7 +74,11 @@ def frontier(census: xr.Dataset, path: xr.Dataset | None = None, ax: Axes | None
     for i, name in enumerate(() if path is None else path["path"].values):
         out["paths"][str(name)] = _draw_path(ax, path, str(name), SERIES[i % len(SERIES)])
     ax.set_xscale("log")
-    ax.margins(x=0.04, y=0.06)
+    ax.margins(x=0.06, y=0.1)
+    ax.autoscale_view()
+    if len(order):
+        # Near the checkpoint an estimate of KL is noise, which may be any number of decades below the mean.
+        ax.set_xlim(left=0.3 * kl[order][0])
     out["legend"] = ax.legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none")
     return out
 
@@ -110,12 +115,16 @@ def _draw_path(ax: Axes, path: xr.Dataset | None, name: str, style: Mapping[str,
         )
         label = None
         last = order[-1]
+        # Beyond the end of its bar, where neither bar nor marker lies.
+        end, gap = (high[-1], 2) if side > 0 else (low[-1], -2)
         artists.append(
             ax.annotate(
                 f"{float(rows['position'][last]):+g}".replace("-", "−"),
-                (kl[last], change[last]),
-                xytext=(4, 3),
+                (kl[last], end if np.isfinite(end) else change[last]),
+                xytext=(0, gap),
                 textcoords="offset points",
+                ha="center",
+                va="bottom" if side > 0 else "top",
                 fontsize=NOTE_SIZE,
                 color=style["color"],
                 zorder=6,
@@ -131,13 +140,15 @@ def correlation_by_radius(
     """Correlation over directions against the radius, one line per step; intervals are bands, or bars where many.
 
     `against`: `displacement`, `relative` or `kl`; by default displacements where every census has them, else ‖θ‖. The
-    grey stripe is what counts as none (±0.1). Returns `series` (step → `line`, `band`, `bars`), `stripe`, `legend`,
-    `message`, `ax`.
+    grey stripe is what counts as none (±0.1). Crosses at the lower edge are radii where nothing is known: the
+    interval is all of −1 to 1. Returns `series` (step → `line`, `band`, `bars`), `unknown` (step → line), `stripe`,
+    `legend`, `message`, `ax`.
     """
     if ax is None:
         _, ax = new_figure(aspect=0.8)
     ax.set_ylabel(f"correlation of {PAIR_NAMES.get(pair, pair)}\nover directions, noise taken out")
     out = _radius_frame(censuses, against, ax)
+    out["unknown"] = {}
     # An interval of [-1, 1] says that nothing is known; drawn, it would hide what is.
     known = {
         step: data["correlation"].sel(pair=pair).notnull() & (_width(data["correlation_interval"].sel(pair=pair)) < 1.9)
@@ -154,6 +165,16 @@ def correlation_by_radius(
         out["series"][step] = _line(
             ax, out["x"](censuses[step]), data, "correlation", known[step].values, style, step, (i, len(styles))
         )
+        nothing = out["x"](censuses[step])[~known[step].values]
+        if len(nothing):
+            out["unknown"][step] = ax.plot(
+                *(nothing * 1.035 ** (i - (len(styles) - 1) / 2), np.full(len(nothing), 0.03)),
+                transform=ax.get_xaxis_transform(),
+                color=style["color"],
+                **{"marker": "x", "markersize": 4, "linestyle": ""},
+            )[0]
+    if out["unknown"]:
+        ax.plot([], [], marker="x", markersize=4, linestyle="", color=CLOUD_MEAN, label="nothing known")
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, -1.05), min(high, 1.05))
     out["legend"] = _step_legend(ax, censuses)
@@ -242,6 +263,8 @@ def curvature_over_training(
 
     Left: 2 KL / length² at the smallest radius of each census, mean over directions. Right: the Fisher ratio of every
     path at `position` (−1: θ_0 on the displacement's path), on a logarithmic axis; 1 is what a random direction has.
+    Where random directions do not reach the KL of that position, it is that of the farthest one on the way to it that
+    they reach; the position is then written beside the point.
     Returns `curvature` and `ratios` (path → artist), `axes`, `figure`, `messages`.
     """
     figure, axes = new_panels(1, 2, PAGE_INCHES, 2.5)
@@ -262,14 +285,25 @@ def curvature_over_training(
         out["messages"].append(say_missing(left, "no census was measured", axes="xy"))
     found: dict[str, list[tuple[int, float, np.ndarray]]] = {}
     for step, data in sorted((paths or {}).items()):
-        place = np.flatnonzero(np.isclose(data["position"].values, position))
         for name in data["path"].values:
-            here = data.sel(path=name)
-            if len(place) and np.isfinite(here["fisher_ratio"][place[0]]):
-                interval = here["fisher_ratio_interval"].values[place[0]]
-                found.setdefault(str(name), []).append((step, float(here["fisher_ratio"][place[0]]), interval))
+            place = compared_position(data.sel(path=name), position, "fisher_ratio")
+            if place is not None:
+                here = data.sel(path=name).isel(position=place)
+                ratio, at = float(here["fisher_ratio"]), float(here["position"])
+                found.setdefault(str(name), []).append((step, ratio, here["fisher_ratio_interval"].values))
+                if not np.isclose(at, position):
+                    last = step == max(paths or {}) > min(paths or {})
+                    right.annotate(
+                        f"at {at:+g}".replace("-", "−"),
+                        (step, ratio),
+                        xytext=(-4 if last else 4, 3),
+                        textcoords="offset points",
+                        ha="right" if last else "left",
+                        fontsize=NOTE_SIZE,
+                    )
     if not found:
-        out["messages"].append(say_missing(right, f"no path was compared at position {position:g}", axes="xy"))
+        message = "random directions of the same step\nreach the KL of no path"
+        out["messages"].append(say_missing(right, message, axes="xy"))
         return out
     for i, (name, rows) in enumerate(found.items()):
         at, values = np.array([row[0] for row in rows], float), np.array([row[1] for row in rows])

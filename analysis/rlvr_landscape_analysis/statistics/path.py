@@ -6,7 +6,6 @@ errors over directions and prompts (`two_way.py`). Formulas: docs/statistics.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -312,10 +311,15 @@ _LONG_NAMES = {
 }
 
 
-def displacement_position(positions: Sequence[float] | np.ndarray, target: float = -1.0) -> int | None:
-    """Index of the position that stands for θ_0 on the displacement's path (−1), or None."""
-    found = np.flatnonzero(np.isclose(np.asarray(positions, float), target))
-    return int(found[0]) if len(found) else None
+def compared_position(along: xr.Dataset, target: float = -1.0, value: str = "advantage") -> int | None:
+    """Index of the position of one path where it was compared with random directions; None where it was nowhere.
+
+    `target` if `value` is known there, else the farthest one on the way to it: random directions may not reach the KL
+    of the target.
+    """
+    positions, known = along["position"].values.astype(float), np.isfinite(along[value].values)
+    between = (np.sign(positions) == np.sign(target)) & (np.abs(positions) <= abs(target) * (1 + 1e-9)) & known
+    return int(np.flatnonzero(between)[np.argmax(np.abs(positions[between]))]) if between.any() else None
 
 
 def prompts_of(data: xr.Dataset, points: CensusPoints) -> np.ndarray:

@@ -9,7 +9,7 @@ import xarray as xr
 
 from rlvr_landscape_analysis.evidence import EvidenceAnalysis
 from rlvr_landscape_analysis.results import Claim
-from rlvr_landscape_analysis.statistics.path import displacement_position
+from rlvr_landscape_analysis.statistics.path import compared_position
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 
 
@@ -19,17 +19,17 @@ def frontier_words(analyses: Sequence[EvidenceAnalysis]) -> str:
     for analysis in analyses:
         for step in sorted(analysis.path, reverse=True):
             data = analysis.path[step]
-            i = displacement_position(data["position"].values)
             for name in data["path"].values:
-                at = data.sel(path=name)
-                if i is None or not np.isfinite(at["advantage"][i]):
+                i = compared_position(data.sel(path=name))
+                if i is None:
                     continue
-                here = at.isel(position=i)
+                here = data.sel(path=name).isel(position=i)
                 low, high = (float(v) for v in here["advantage_interval"].values)
                 ratio = float(here["fisher_ratio"])
                 words = (
-                    f" From the checkpoint of step {step} back along {name}, at {float(here['kl']):.2g} nat, the "
-                    f"reward differs from random directions at the same KL by "
+                    f" From the checkpoint of step {step} back along {name} (position "
+                    f"{signed(float(here['position']))}, {float(here['kl']):.2g} nat), the reward differs from random "
+                    f"directions at the same KL by "
                     f"{number(float(here['advantage']), (low, high), digits=3)}"
                 )
                 if np.isfinite(ratio):

@@ -17,8 +17,8 @@ from functools import partial
 import torch
 
 from rlvr_landscape_plugin.directions import AXES, Axis
-from rlvr_landscape_plugin.serving.worker.kernel_layout import usable_cores
 from rlvr_landscape_plugin.serving.worker.slice_tensors import Slice
+from rlvr_landscape_plugin.serving.worker.threads import usable_cores
 
 _NICENESS = 10
 """Of the thread that draws: measuring comes first where cores are scarce."""

@@ -37,7 +37,6 @@ from rlvr_landscape_plugin.directions import (
     AXES,
     SliceSpec,
     fingerprint,
-    subspace_of,
 )
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
@@ -50,8 +49,9 @@ from rlvr_landscape_plugin.serving.worker.kernel_layout import (
     build_layout,
 )
 from rlvr_landscape_plugin.serving.worker.packed import keep_plain, packable, repack_shared, unpacked
-from rlvr_landscape_plugin.serving.worker.slice_tensors import MoveStats, Slice, load_tensors, squared
-from rlvr_landscape_plugin.snapshot import Snapshot, compare_tensors, open_snapshot
+from rlvr_landscape_plugin.serving.worker.slice_tensors import MoveStats, Slice
+from rlvr_landscape_plugin.serving.worker.source import Source, slice_key
+from rlvr_landscape_plugin.snapshot import Snapshot
 
 try:
     from vllm.distributed.weight_transfer.base import (
@@ -130,52 +130,14 @@ def checksums(model: Any) -> dict[str, str]:
     return digests
 
 
-def _confined(path: str, base: str) -> tuple[Path, Path | None]:
-    """The directories of a snapshot and its base; raises `ValueError` for an adapter without `base`, whose
-    configuration could name any directory."""
-    found = access.confined_snapshot(path)
-    if not base and (found / "adapter_config.json").is_file():
-        raise ValueError(f"{found.name} is an adapter: name the directory of its base model too (base)")
-    return found, access.confined_snapshot(base, "base model") if base else None
-
-
-def _files_of(*folders: Path | None) -> object:
-    """Names, sizes and times of change of all files below: the same as long as nobody has written to one."""
-    files = [file for folder in folders if folder is not None for file in sorted(folder.rglob("*")) if file.is_file()]
-    found = [(file, file.stat()) for file in files]
-    return [(str(file), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for file, s in found]
-
-
-def _key(snapshot: Snapshot, spec: SliceSpec, dtype: torch.dtype) -> str:
-    """What the directions of a slice depend on, and what they are rounded to."""
-    return json.dumps([snapshot.sha256, spec.as_dict(), str(dtype)], sort_keys=True)
-
-
 def _digest(values: torch.Tensor) -> str:
     raw = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(raw).hexdigest()
 
 
 @dataclass
-class _Source:
-    """A snapshot that was read and checked."""
-
-    key: object
-    """Its files, their sizes and times of change."""
-    snapshot: Snapshot
-    theta: dict[str, torch.Tensor] | None
-    """Mapped from its files; None for an adapter that is loaded, because merged tensors take memory."""
-    theta_squared: float
-
-    def slice(self, spec: SliceSpec, files: dict[str, str], dtype: torch.dtype) -> Slice:
-        """A slice around it; raises as `Slice.build`."""
-        theta = load_tensors(self.snapshot) if self.theta is None else self.theta
-        return Slice.build(theta, spec, files, dtype, subspace_of(self.snapshot), self.theta_squared)
-
-
-@dataclass
 class _State:
-    source: _Source
+    source: Source
     how: Slice | Layout
     """By checkpoint names for the loader, or in kernel layout."""
     names: tuple[str, ...]
@@ -213,7 +175,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         """What loading the present slice spent its time on."""
         self._ahead: DrawnAhead | None = None
         """The slice that is probably loaded next."""
-        self._source: _Source | None = None
+        self._source: Source | None = None
         """The snapshot that was loaded last."""
         self._origin: tuple[object, Origin] | None = None
         """It in kernel layout, and where."""
@@ -252,7 +214,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
             ahead, self._ahead = self._ahead, None
             slice_ = None
             if ahead is not None:
-                if ahead.key == _key(snapshot, spec, dtype):
+                if ahead.key == slice_key(snapshot, spec, dtype):
                     slice_ = ahead.take()
                 else:
                     ahead.cancel()
@@ -318,21 +280,9 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         )
         self._report(init_info.report, facts)
 
-    def _opened(self, path: str, base: str) -> _Source:
-        """The snapshot at `path`, read and checked; once, as long as its files do not change.
-
-        Raises `ValueError` or `OSError` for one that cannot be measured.
-        """
-        folders = _confined(path, base)
-        key = (folders, _files_of(*folders))
-        if self._source is not None and self._source.key == key:
-            return self._source
-        snapshot = open_snapshot(*folders)
-        served = open_snapshot(self.model_config.model)
-        compare_tensors(served.shapes, snapshot, f"the model this server runs ({served.path.name})")
-        _ = snapshot.sha256
-        theta = load_tensors(snapshot)
-        self._source = _Source(key, snapshot, theta, squared(theta))
+    def _opened(self, path: str, base: str) -> Source:
+        """The snapshot at `path`: the one that was read before, as long as its files do not change."""
+        self._source = Source.opened(path, base, self.model_config.model, self._source)
         return self._source
 
     def _draw_ahead(self, slice_: dict[str, Any]) -> dict[str, Any]:
@@ -347,7 +297,7 @@ class LandscapeEngine(versions.NoTrainer, WeightTransferEngine[LoadRequest, Move
         if reason := self._not_ahead(state, spec):
             return {"begun": False, "reason": reason}
         dtype = state.held_as or torch.float32
-        key = _key(state.source.snapshot, spec, dtype)
+        key = slice_key(state.source.snapshot, spec, dtype)
         if self._ahead is not None:
             if self._ahead.key == key:
                 return {"begun": True, "reason": ""}

@@ -14,31 +14,26 @@ float32), layers keep their weights as they are (`packed.keep_plain`).
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import mmap
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from rlvr_landscape_plugin.serving.worker.packed import PackedLinear, memory_of, pack, packable
+from rlvr_landscape_plugin.serving.worker.threads import workers
 
 _CPU_BLOCK, _GPU_BLOCK = 2**17, 2**24
 """Elements that a move handles at once: what stays in a core's cache, what keeps a GPU busy."""
 _CHUNK = 2**20
 """Elements that a thread takes on at a time."""
-_MOST_THREADS = 16
 _MOST_RUNS = 4096
 """Above this number of pieces of checkpoint tensors in one parameter, copies on other ranks are not distinguished."""
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
-_Given = TypeVar("_Given")
-_Made = TypeVar("_Made")
 Weights = Iterable[tuple[str, torch.Tensor]]
 Key = tuple[str, str]
 """Module's name and parameter's attribute."""
@@ -141,7 +136,7 @@ class Layout:
         for device in devices:
             torch.cuda.synchronize(device)
         # One iterator for all threads, so that a core with other work takes fewer chunks.
-        pool, threads = _threads()
+        pool, threads = workers()
         futures = [pool.submit(_move_chunks, chunks, alpha, beta) for _ in range(threads)]
         wait(futures)
         for device in devices:
@@ -178,47 +173,6 @@ def _move_chunks(chunks: Iterator[tuple[tuple[torch.Tensor, ...], float]], alpha
         for block in zip(*(tensor.split(_CPU_BLOCK) for tensor in tensors), strict=True):
             changed += weight * float(_move(block, alpha, beta, scratch))
     return changed
-
-
-@functools.cache
-def usable_cores() -> set[int]:
-    """The cores that this process may use, and those of the front end, which waits during a move.
-
-    Where the user bound the server's threads, only the cores named.
-    """
-    cores = os.sched_getaffinity(0)
-    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
-        cores |= os.sched_getaffinity(os.getppid())
-    return cores
-
-
-@functools.cache
-def _threads() -> tuple[ThreadPoolExecutor, int]:
-    """A thread for each of `usable_cores`."""
-    cores = usable_cores()
-    count = min(len(cores), _MOST_THREADS)
-
-    def begin() -> None:
-        os.sched_setaffinity(0, cores)
-        torch.set_num_threads(1)
-
-    return ThreadPoolExecutor(count, "landscape-move", begin), count
-
-
-def in_threads(make: Callable[[_Given], _Made], items: Iterable[_Given]) -> Iterator[_Made]:
-    """`make(item)` for each of `items`, in their order, computed by threads a few ahead of what is taken."""
-    pool, threads = _threads()
-    begun: deque[Future[_Made]] = deque()
-    try:
-        for item in items:
-            begun.append(pool.submit(make, item))
-            if len(begun) > threads:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-    finally:
-        for future in begun:
-            future.cancel()
 
 
 def build_layout(

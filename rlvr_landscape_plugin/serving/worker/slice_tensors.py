@@ -24,7 +24,7 @@ from rlvr_landscape_plugin.directions import (
     open_direction,
     scaled_direction,
 )
-from rlvr_landscape_plugin.serving.worker.kernel_layout import in_threads
+from rlvr_landscape_plugin.serving.worker.threads import in_threads
 from rlvr_landscape_plugin.snapshot import Snapshot, read_tensor
 
 _CPU_BLOCK, _GPU_BLOCK = 2**16, 2**26

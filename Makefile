@@ -20,8 +20,8 @@ landscape: setup  ## measure a real landscape on this machine and draw it
 	$(PYTHON) -m rlvr_landscape_plugin.sweep @ configs/sweep/quickstart.toml
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart
 
-reproduce: setup  ## train on this machine with GRPO and GRPO-N, measure landscapes, write a report
-	bash scripts/reproduce.sh $(PYTHON)
+reproduce: setup  ## the study at a reduced size: train, measure what lies around the snapshots, write a page (ten minutes)
+	$(PYTHON) scripts/study.py --reduced
 
 smollm2: setup  ## download SmolLM2-135M-Instruct (89 MB) and make a snapshot of it in models/
 	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install "gguf>=0.17"

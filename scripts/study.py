@@ -4,7 +4,8 @@
     make study STAGES="train-grpo-* page"          # some of them, by name or pattern
     make study STUDY="--minutes 55"                # none that would not fit into the next 55 minutes
     python scripts/study.py --list                 # what there is, what is done, how long the rest takes
-    python scripts/study.py --short --output outputs/study_short    # every kind of stage at toy size
+    python scripts/study.py --reduced              # one run each, fewer directions, ten minutes: `make reproduce`
+    python scripts/study.py --short                # every kind of stage at toy size, to see that all of it works
 
 A stage that was killed continues where it was; a stage whose outputs are whole is skipped. `record.json` in the output
 says when each stage ran, how long, on what, with which seeds, and how many rollouts it made; the page reads it.
@@ -12,6 +13,7 @@ says when each stage ran, how long, on what, with which seeds, and how many roll
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import sys
@@ -55,6 +57,8 @@ class Size:
     """Time that a stage takes, in parts of its estimate at full size."""
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Part of a command (`train`, or a sweep's configuration) → what is changed for this size."""
+    without: tuple[str, ...] = ()
+    """Patterns of the stages that are left out; `others-*` also leaves other people out of step 0."""
 
 
 FULL = Size(
@@ -66,6 +70,32 @@ FULL = Size(
     between=(5, 20),
     early=(1, 2, 5, 20),
 )
+_SOME = ("--env.num_prompts", "32")
+REDUCED = Size(
+    seeds=(0,),
+    objectives=("grpo", "random"),
+    snapshots="0, 8, 16",
+    middle=8,
+    last=16,
+    between=(),
+    early=(),
+    slowness=0.13,
+    options={
+        "train": (
+            *("--steps", "16", "--snapshots", "0, 8, 16", "--monitor_rollouts", "32"),
+            *("--env.tasks_per_batch", "32", "--env.rollouts", "8"),
+            *("--evaluation.every", "8", "--evaluation.num_tasks", "64", "--evaluation.rollouts", "8"),
+        ),
+        "census": (*_SOME, "--census.pairs", "16", "--census.radii", "[2.0, 20.0]"),
+        "census_start": (*_SOME, "--census.pairs", "16", "--census.radii", "[0.01, 0.2]"),
+        "path": (*_SOME, "--path.positions", "[-1.0, -0.5, -0.25, 0.0, 0.25]"),
+        "path_last": (*_SOME, "--path.positions", "[-1.0, -0.5, -0.25, 0.0, 0.25]"),
+        "boundary": (*_SOME, "--env.base_rollouts", "64"),
+    },
+    without=("others-*", "early-*", "grids-*", "path-random-*", "boundary-random-*"),
+)
+"""What `make reproduce` runs: the same questions with one run each and fewer directions, tasks and steps, which decides
+little."""
 _FEW = ("--env.num_prompts", "8")
 SHORT = Size(
     seeds=(0,),
@@ -100,6 +130,8 @@ def all_stages(size: Size, out: Path, page: Path) -> list[Stage]:
     measure = Measurements(size, out)
     what = "around step 0, which all runs share: census, pass@k, and pass@k with other people"
     start = [("census_start", "census", [0]), ("boundary", "boundary", [0]), ("others", "others", [0])]
+    if "others-*" in size.without:
+        start, what = start[:2], "around step 0, which all runs share: census and pass@k"
     found = [measure.stage("start", what, 17, START, start)]
     # GRPO-N answers other questions than the claims, so its runs come last.
     first = [name for name in size.objectives if name != "grpo_n"]
@@ -112,6 +144,7 @@ def all_stages(size: Size, out: Path, page: Path) -> list[Stage]:
     found.append(measure.stage(f"early-{main}", what, 7 * len(size.early), main, [("census", "early", size.early)]))
     slices = [(name, name, (0, size.last)) for name in ("grid_local", "grid_wide")]
     found.append(measure.stage(f"grids-{main}", f"2-D slices of {main}, local and wide", 9, main, slices))
+    found = [stage for stage in found if not any(fnmatch.fnmatchcase(stage.name, one) for one in size.without)]
     names = [stage.name for stage in found]
     command = ("scripts/study_page.py", str(out), "--page", str(page), "--expected", *names)
     what = f"verdicts, tables and figures of all that is done, into {page}"
@@ -216,10 +249,17 @@ class Measurements:
 
 def main(argv: Sequence[str] | None = None, run: Run = run_here) -> int:
     """The command; returns the exit code."""
-    given = parser(__doc__, "outputs/study").parse_args(argv)
-    out = given.output or Path("outputs/study_short" if given.short else "outputs/study")
+    made = parser(__doc__, "outputs/study")
+    made.add_argument("--reduced", action="store_true", help="one run each, fewer directions and steps: ten minutes")
+    given = made.parse_args(argv)
+    if given.short and given.reduced:
+        made.error("--short and --reduced are two sizes; give one")
+    size, folder = (SHORT, "study_short") if given.short else (REDUCED, "study_reduced")
+    if not given.short and not given.reduced:
+        size, folder = FULL, "study"
+    out = given.output or Path("outputs") / folder
     os.chdir(ROOT)
-    stages = all_stages(SHORT if given.short else FULL, out, given.page or out / "page")
+    stages = all_stages(size, out, given.page or out / "page")
     return carry_out(stages, out, given, run)
 
 

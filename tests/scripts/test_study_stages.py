@@ -202,6 +202,40 @@ def test_the_full_study_fits_its_plan(study, tmp_path):
     assert len(set(outputs)) == len(outputs), "no file is made by two stages"
 
 
+def test_the_reduced_study_can_answer_each_claim_in_ten_minutes(study, tmp_path):
+    stages = study.all_stages(study.REDUCED, tmp_path, tmp_path / "page")
+    assert 5 <= sum(stage.minutes for stage in stages) <= 10
+    made = {path.relative_to(tmp_path).as_posix() for stage in stages for path in stage.outputs}
+    # T1 and T2: step 0, an early and a later step, and a run on random rewards; T3: step 0 and the last one.
+    assert {"start/census/census_step000000.nc", "random-0/census/census_step000016.nc"} <= made
+    assert {"grpo-0/census/census_step000008.nc", "grpo-0/census/census_step000016.nc"} <= made
+    assert {"start/boundary/boundary_step000000.nc", "grpo-0/boundary/boundary_step000016.nc"} <= made
+    assert "grpo-0/path_last/path_step000016.nc" in made
+    assert study.REDUCED.middle <= 10 < study.REDUCED.last
+    assert not any("others" in path for path in made)
+
+
+@pytest.mark.parametrize("size", ["FULL", "REDUCED", "SHORT"])
+def test_every_command_is_a_configuration_that_is_taken(study, tmp_path, size):
+    from rlvr_landscape_plugin.config import SweepConfig, TrainConfig, load_config
+
+    chosen = getattr(study, size)
+    for stage in study.all_stages(chosen, tmp_path, tmp_path / "page")[:-1]:
+        for _, module, *words in stage.commands:
+            config = load_config(words, TrainConfig if module.endswith("trl") else SweepConfig)
+            if stage.name.startswith("train"):
+                assert config.steps == chosen.last
+                assert chosen.last % config.evaluation.every == 0, "the last step is evaluated"
+            elif config.design == "boundary":
+                assert config.env.base_rollouts >= 16 or size == "SHORT"
+
+
+def test_two_sizes_at_once_are_refused(study, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--short", "--reduced", "--list", "--output", str(tmp_path)])
+    assert "give one" in capsys.readouterr().err
+
+
 def test_the_other_people_share_no_name_with_the_club():
     def people(file):
         return {name for line in (ROOT / file).read_text().splitlines() for name in json.loads(line)["names"]}

@@ -106,6 +106,9 @@ class _Monitor:
 class LandscapeGRPOTrainer(GRPOTrainer):
     """One run; build it with `make_trainer`."""
 
+    _in_bfloat16 = False
+    """Whether the update multiplies matrices in bfloat16."""
+
     def __init__(
         self,
         run: TrainConfig,
@@ -119,6 +122,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         self._run, self._server, self._practice, self._hooks = run, server, practice, hooks
         self._filler = int(options["processing_class"].eos_token_id)
         self._objective = configure(run.objective.name, **run.objective.options)
+        self._in_bfloat16 = run.precision == "bfloat16"
         self._base = base.requires_grad_(False).eval()
         self.reference = KLReference(self._base, run.reference)
         self._batch: TrainerBatch | None = None
@@ -193,7 +197,8 @@ class LandscapeGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         started = time.perf_counter()
         joined = _joined(inputs)
-        logprobs, entropies = log_probability(model, joined)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._in_bfloat16):
+            logprobs, entropies = log_probability(model, joined)
         feeds = {
             "logprobs": logprobs,
             "old_logprobs": joined["sampled"],

@@ -621,6 +621,42 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     assert not any(torch.equal(weight, start[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.slow
+@needs_trl
+def test_bfloat16_is_for_the_update_only(tmp_path):
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlvr_landscape_plugin.trl.trainer import make_trainer
+
+    path = str(open_snapshot("tiny-sorter").path)
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        sizes = {"num_tasks": 6, "tasks_per_batch": 2, "rollouts": 4}
+        given = {"steps": 1, "snapshots": "0", "env": sizes, "monitor_rollouts": 3, "precision": precision}
+        config = TrainConfig.model_validate(given | {"optimizer": {"name": "adamw", "lr": 1e-5}})
+        model, base = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2))
+        lines = []
+        hooks = SimpleNamespace(
+            metrics=lambda step, record, lines=lines: lines.append(record),
+            evaluate=lambda step: None,
+            episode=lambda: None,
+            wants_state=lambda step: False,
+        )
+        practice, tokenizer = SimpleNamespace(tasks=range(6)), AutoTokenizer.from_pretrained(path)
+        trainer = make_trainer(config, model, base, tokenizer, Sampler(), practice, tmp_path / precision, hooks)
+        trainer.train()
+        (found[precision],) = lines
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    exact, rounded = found["float32"], found["bfloat16"]
+    assert 0 < abs(exact["entropy"] - rounded["entropy"]) < 0.02 * exact["entropy"]
+    assert 0 < abs(exact["grad_norm"] - rounded["grad_norm"]) < 0.05 * exact["grad_norm"]
+    assert exact["kl_base"] == rounded["kl_base"] == 0
+    assert exact["sampler_difference"] == rounded["sampler_difference"]
+
+
 @needs_trl
 def test_a_reset_makes_the_policy_its_own_reference_and_forgets_the_moments(tmp_path):
     from types import SimpleNamespace

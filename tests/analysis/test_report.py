@@ -152,7 +152,17 @@ def test_claims_come_first_and_say_all(full, tmp_path, few):
     assert "90%" in text  # the level of this analysis
     holes = Page(full / "report.html")
     badges = [attrs["class"] for _, attrs in holes.tags if "badge" in (attrs.get("class") or "")]
-    assert badges == ["badge undecided", "badge not-measurable"] * 2
+    # What was not measured is one line of the summary.
+    assert badges == ["badge undecided", "badge undecided", "badge not-measurable"]
+    assert "Of the claims that are tested, T2 cannot be answered from what was measured; what it needs." in "".join(
+        holes.text
+    )
+
+
+def test_the_first_lines_say_what_the_picture_shows(full):
+    head, _, rest = (full / "report.html").read_text().partition("<main>")
+    assert "The map shows policies around the checkpoint (the cross). Each square is one of them" in head
+    assert rest.strip().startswith('<figure class="leading map"')
 
 
 def test_provenance_is_whole(full):

@@ -90,6 +90,8 @@ class Leading:
     title: str
     caption: str
     image: Image
+    seen: str
+    """What a reader looks at, for the first lines of the page."""
 
 
 @dataclass
@@ -152,6 +154,8 @@ class Pictures:
                     "towards step 0; numbers: position in units of the path's vector. "
                     f"{self.analysis.bootstrap.level:.0%} intervals.",
                     image,
+                    "The figure shows policies around the checkpoint. Each point is one of them: the checkpoint, moved "
+                    "along a random direction of weight space. Its height says how much reward that gains or loses.",
                 )
                 return
         shown = [(key, image) for key, image in self.landscapes if image.png is not None]
@@ -159,7 +163,12 @@ class Pictures:
             key, image = shown.pop()
             self.landscapes = [one for one in self.landscapes if one[0] != key]
             words = f"Step {key[0]}, slice {key[1]}"
-            self.leading = Leading(landscape_name(key), f"Reward landscape. {words}", LANDSCAPE_WORDS, image)
+            seen = (
+                "The map shows policies around the checkpoint (the cross). Each square is one of them: the checkpoint, "
+                "moved along two directions of weight space. Its colour is the mean reward of that policy; the lines "
+                "say how far it is from the checkpoint as a distribution (KL)."
+            )
+            self.leading = Leading(landscape_name(key), f"Reward landscape. {words}", LANDSCAPE_WORDS, image, seen)
 
     def animate(self) -> None:
         """A film over training, as a file only: inline, it would be large and could not be stopped."""

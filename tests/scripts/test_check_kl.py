@@ -18,7 +18,7 @@ from rlvr_landscape_plugin.snapshot import open_snapshot
 
 ROOT = Path(__file__).parents[2]
 RADII, SEED = (0.01, 0.1), 77
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def whole(adapter: Path, target: Path) -> Path:

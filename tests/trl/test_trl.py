@@ -621,7 +621,7 @@ def test_steps_take_their_share_of_each_batch_whatever_the_objective(tmp_path, u
     assert not any(torch.equal(weight, start[name]) for name, weight in model.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs_trl
 def test_bfloat16_is_for_the_update_only(tmp_path):
     from types import SimpleNamespace

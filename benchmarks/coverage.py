@@ -1,6 +1,6 @@
 """How often 95 % intervals cover the truth, on synthetic landscapes whose truth is known.
 
-    python benchmarks/coverage.py [--datasets 500] [--processes 2] [--design grid|census|path|boundary|claims]
+    python benchmarks/coverage.py [--datasets 500] [--processes 2] [--design grid|census|path|boundary|cover|claims]
 
 One row per landscape: shape, prompts × rollouts, heterogeneity of prompts; columns are the share of datasets whose
 interval covers the truth: correlation without a control, its linear partial, within shells, the contribution beyond
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--datasets", type=int, default=500)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--design", choices=("grid", "census", "path", "boundary", "claims"), default="grid")
+    parser.add_argument("--design", choices=("grid", "census", "path", "boundary", "cover", "claims"), default="grid")
     parser.add_argument("--shapes", nargs="*", default=None)
     arguments = parser.parse_args()
     if arguments.design != "grid":

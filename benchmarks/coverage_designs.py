@@ -1,7 +1,7 @@
 """How often the intervals of a census, a path and a boundary cover the truth, on synthetic ones whose truth is known.
 
-Called as `python benchmarks/coverage.py --design census|path|boundary|claims`. Every dataset has its own directions
-*and* its own prompts, so an interval that forgets either fails here. Settings are the shipped ones.
+Called as `python benchmarks/coverage.py --design census|path|boundary|cover|claims`. Every dataset has its own
+directions *and* its own prompts, so an interval that forgets either fails here. Settings are the shipped ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlvr_landscape_analysis import synthetic_designs
 from rlvr_landscape_analysis.designs import census_points
 from rlvr_landscape_analysis.evidence import RunEvidence
 from rlvr_landscape_analysis.results import NOT_SUPPORTED, SUPPORTED
-from rlvr_landscape_analysis.statistics.boundary import boundary, boundary_change
+from rlvr_landscape_analysis.statistics.boundary import boundary, boundary_change, wilson
 from rlvr_landscape_analysis.statistics.census import census, expected_largest, pair_moments, pooled_correlation
 from rlvr_landscape_analysis.statistics.claims import claim_t1, claim_t2
 from rlvr_landscape_analysis.statistics.path import path
@@ -42,7 +42,8 @@ PATH_TRUTHS = {
 POSITIONS = (-1.0, 0.5, 1.0)
 PATH_COLUMNS = ("KL", "ΔR", "advantage", "Fisher ratio")
 BOUNDARY_SETTINGS = {"64 × 256": (64, 256), "32 × 64": (32, 64)}
-BOUNDARY_COLUMNS = ("pass@1", "pass@16", "pass@n", "Δpass@1", "Δpass@16", "D at 16", "D at n", "Cover@0.1", "Cover@0.5")
+BOUNDARY_COLUMNS = ("pass@1", "pass@16", "pass@n", "Δpass@1", "Δpass@16", "D at 16", "D at n")
+COVER_COLUMNS = ("Cover@0.1", "Cover@0.5", "least at any share", "most at any share")
 
 
 def covers(interval: Sequence[float] | np.ndarray, truth: float) -> float:
@@ -117,9 +118,8 @@ def _true_boundary(prompts_rollouts: int, discovery: float) -> list[float]:
     rates = synthetic_designs.rates_over_training((0, 40), prompts=1_000_000, discovery=discovery, seed=999)
     passed = {step: {k: float(np.mean(1 - (1 - p) ** k)) for k in (1, 16, n)} for step, p in rates.items()}
     delta = {k: passed[40][k] - passed[0][k] for k in (1, 16, n)}
-    cover = [float(stats.binom.sf(np.ceil(tau * n - 1e-9) - 1, n, rates[0]).mean()) for tau in (0.1, 0.5)]
     contrasts = [delta[16] - delta[1] / 2, delta[n] - delta[1] / 2]
-    return [*(passed[0][k] for k in (1, 16, n)), delta[1], delta[16], *contrasts, *cover]
+    return [*(passed[0][k] for k in (1, 16, n)), delta[1], delta[16], *contrasts]
 
 
 def one_boundary(setting: str, truth_name: str, seed: int) -> list[list[float]]:
@@ -128,14 +128,38 @@ def one_boundary(setting: str, truth_name: str, seed: int) -> list[list[float]]:
     discovery = {"sharpening": 0.0, "discovery": 0.5}[truth_name]
     rates = synthetic_designs.rates_over_training((0, 40), prompts=prompts, discovery=discovery, seed=seed)
     first, last = (synthetic_designs.boundary(rates[step], rollouts=rollouts, seed=seed, step=step) for step in (0, 40))
-    own = boundary(first, taus=(0.1, 0.5))
+    own = boundary(first)
     change = boundary_change(first, last, bootstrap=Bootstrap(resamples=100))
     ks = (1, 16, rollouts)
     intervals = [own["pass_at_k_interval"].sel(k=k).values for k in ks]
     intervals += [change["difference_interval"].sel(k=k).values for k in (1, 16)]
     intervals += [change["contrast_interval"].sel(k=k).values for k in (16, rollouts)]
-    intervals += list(own["cover_interval"].values)
     return [[covers(i, t) for i, t in zip(intervals, _true_boundary(rollouts, discovery), strict=True)]]
+
+
+@lru_cache
+def _true_cover(rollouts: int) -> list[float]:
+    rates = synthetic_designs.rates_over_training((0,), prompts=1_000_000, seed=999)[0]
+    return [float(stats.binom.sf(np.ceil(tau * rollouts - 1e-9) - 1, rollouts, rates).mean()) for tau in (0.1, 0.5)]
+
+
+@lru_cache
+def _exact_cover(prompts: int) -> tuple[float, float]:
+    """Least and most coverage at true shares from 0.02 to 0.98: sums over all outcomes, without simulation."""
+    counts = np.arange(prompts + 1)
+    low, high = np.array([wilson(int(count), prompts, 0.95) for count in counts]).T
+    shares = np.linspace(0.02, 0.98, 961)[:, None]
+    covered = (stats.binom.pmf(counts, prompts, shares) * ((low <= shares) & (shares <= high))).sum(1)
+    return float(covered.min()), float(covered.max())
+
+
+def one_cover(setting: str, truth_name: str, seed: int) -> list[list[float]]:
+    """One row, of a boundary of step 0."""
+    prompts, rollouts = BOUNDARY_SETTINGS[setting]
+    rates = synthetic_designs.rates_over_training((0,), prompts=prompts, seed=seed)[0]
+    own = boundary(synthetic_designs.boundary(rates, rollouts=rollouts, seed=seed), taus=(0.1, 0.5))
+    found = [covers(i, t) for i, t in zip(own["cover_interval"].values, _true_cover(rollouts), strict=True)]
+    return [[*found, *_exact_cover(prompts)]]
 
 
 CLAIM_TRUTHS = {
@@ -170,6 +194,7 @@ DESIGNS: dict[str, tuple[Callable, tuple[str, ...], tuple[str, ...], tuple[str, 
     "census": (one_census, tuple(SETTINGS), tuple(CENSUS_TRUTHS), (*CENSUS_COLUMNS, "reliability of ΔR")),
     "path": (one_path, tuple(SETTINGS), tuple(PATH_TRUTHS), PATH_COLUMNS),
     "boundary": (one_boundary, tuple(BOUNDARY_SETTINGS), ("sharpening", "discovery"), BOUNDARY_COLUMNS),
+    "cover": (one_cover, tuple(BOUNDARY_SETTINGS), ("rates of step 0",), COVER_COLUMNS),
     "claims": (one_claim, tuple(SETTINGS), tuple(CLAIM_TRUTHS), CLAIM_COLUMNS),
 }
 
@@ -190,7 +215,7 @@ def row_names(design: str, setting: str) -> list[str]:
 def table(design: str, datasets: int, pool: ProcessPoolExecutor | None = None) -> dict:
     """Print the table of one design; returns its numbers for the JSON line."""
     _, settings, truths, columns = DESIGNS[design]
-    place = {"census": "radius", "path": "position", "boundary": "", "claims": ""}[design]
+    place = {"census": "radius", "path": "position", "boundary": "", "cover": "", "claims": ""}[design]
     print(f"| truth | settings | {place} | " + " | ".join(columns) + " |")
     print("|" + "---|" * (3 + len(columns)), flush=True)
     lows: dict[str, list[float]] = {column: [] for column in columns}

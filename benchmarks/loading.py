@@ -1,12 +1,15 @@
 """The share of a census's time that goes into loading directions, and what loading spends its time on.
 
-    python benchmarks/loading.py [--models tiny 135m]
+    python benchmarks/loading.py [--models tiny 135m] [--loads-only]
 
 A small census is measured on a server of its own: six random directions, three slices. Timed are each load of a slice
 (the whole of it as the sweep sees it: load, move to the origin, checksums) and each point. A census of the default size
 has 16 points per slice (two directions, both senses, four radii), so
 
     share = later load / (later load + 16 × point)
+
+With `--loads-only` nothing is measured: slices are loaded in turn, drawn when they are loaded and drawn ahead (after a
+pause in which the server has nothing else to do), and the parts of each are printed.
 
 The first load of a snapshot also tries the way in which weights move, and is given apart. `tiny` is the shipped policy;
 `135m` a random Llama of 135 M parameters in float32, with the shipped tokenizer. The last line is one JSON object.
@@ -26,11 +29,13 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from bench_server import serving
 from rich.console import Console
 from rich.table import Table
 
-from rlvr_landscape_plugin.config import SweepConfig
+from rlvr_landscape_plugin.config import ServerConfig, SweepConfig
 from rlvr_landscape_plugin.display import Display
+from rlvr_landscape_plugin.serving.client import LandscapeClient
 from rlvr_landscape_plugin.snapshot import open_snapshot
 from rlvr_landscape_plugin.sweep import jobs
 from rlvr_landscape_plugin.sweep.run import run_sweep
@@ -120,18 +125,57 @@ def measure(model: Path, prompts: int, folder: Path) -> dict[str, Any]:
     }
 
 
+async def loads(model: Path, repeats: int, folder: Path) -> dict[str, Any]:
+    """Median seconds of a load without and with its draws made ahead, in turn on one server, and of their parts."""
+    found: dict[str, list[dict[str, float]]] = {"first": [], "drawn at the load": [], "drawn ahead": []}
+    async with (
+        serving(ServerConfig(), model, folder / "server.log") as server,
+        LandscapeClient(server.url, server.token) as client,
+    ):
+        for seed in range(2 * repeats + 1):
+            kind = "first" if seed == 0 else ("drawn ahead", "drawn at the load")[seed % 2]
+            if kind == "drawn ahead":
+                before = found["drawn at the load"] or found["first"]
+                await client.draw_ahead({"seed": seed})
+                await asyncio.sleep(3 * before[-1]["load"])
+            clock = [time.perf_counter()]
+            facts = await client.load(str(model), {"seed": seed})
+            clock.append(time.perf_counter())
+            await client.move(0.0, 0.0)
+            clock.append(time.perf_counter())
+            await client.checksums()
+            clock.append(time.perf_counter())
+            parts = dict(zip(("load", "move", "checksums"), np.diff(clock).tolist(), strict=True))
+            ready = {"ready": facts["ahead"]["ready"] / facts["ahead"]["parts"]} if kind == "drawn ahead" else {}
+            found[kind].append(parts | ready | facts["seconds_of"])
+    medians = {
+        kind: {part: statistics.median(row[part] for row in rows) for part in rows[0]} for kind, rows in found.items()
+    }
+    return {"parameters": facts["parameters"], "move_path": facts["move_path"], **medians}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("tiny", "135m"), default=["tiny", "135m"])
     parser.add_argument("--prompts", type=int, default=64, help="tasks per point, 2 rollouts each (%(default)s)")
+    parser.add_argument("--loads-only", action="store_true", help="measure no point")
+    parser.add_argument("--repeats", type=int, default=3, help="loads of each kind with --loads-only (%(default)s)")
     arguments = parser.parse_args()
     table = Table("model", "first load, s", "later load, s", "point, s", "share of a census")
+    if arguments.loads_only:
+        table = Table("model", "load", "whole, s", "load, s", "move, s", "checksums, s")
     result: dict[str, dict[str, Any]] = {}
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             model = open_snapshot("tiny-sorter").path if name == "tiny" else llama_135m(folder / "step_000000")
+            if arguments.loads_only:
+                row = result[name] = asyncio.run(loads(model, arguments.repeats, folder))
+                for kind in ("first", "drawn at the load", "drawn ahead"):
+                    parts = [row[kind][part] for part in ("load", "move", "checksums")]
+                    table.add_row(f"{name} ({row['parameters']:,})", kind, *(f"{s:.2f}" for s in (sum(parts), *parts)))
+                continue
             row = result[name] = measure(model, arguments.prompts, folder)
         seconds = [f"{row[key]:.2f}" for key in ("first_load_s", "later_load_s", "point_s")]
         table.add_row(f"{name} ({row['parameters']:,})", *seconds, f"{row['share']:.1%}")

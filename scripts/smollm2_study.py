@@ -6,6 +6,8 @@
     python scripts/smollm2_study.py --list                  # what there is, what is done, how long the rest takes
     python scripts/smollm2_study.py --short                 # every kind of stage at toy size, with tiny-sorter
 
+A snapshot that `make smollm2` made may be copied to OUTPUT/smollm2 before; it is then checked instead of downloaded.
+
 SmolLM2-135M-Instruct gets a supervised warm start on worked solutions, then GRPO trains a LoRA adapter. A stage that
 was killed continues where it was; a stage whose outputs are whole is skipped. `record.json` in the output says when
 each stage ran and how long; the page reads it.

@@ -209,6 +209,23 @@ def test_t3_follows_what_was_done():
     assert claim_t3([], QUICK).verdict == NOT_MEASURABLE
 
 
+def test_t3_needs_room_in_which_exploration_could_show():
+    """pass@64 of rates of 0.3 is 1 before training: that it does not rise says nothing."""
+    start, later = np.repeat([0.3, 0.04], 60), np.repeat([0.7, 0.04], 60)
+    claim = claim_t3([boundaries(start, later)], QUICK)
+    passed = {k: 1 - np.mean((1 - start) ** k) for k in (16, 32, 64)}
+    gain = np.mean(later - start)
+    (k,) = [k for k in passed if 1 - passed[k] > 0.4 * gain >= 1 - passed.get(2 * k, 1)]
+    assert k == 32, "at 64, what is left is less than 0.4 times the gain"
+    assert f"and pass@{k} by" in claim.sentence
+    easy = claim_t3([boundaries(np.full(60, 0.3), np.full(60, 0.7))], QUICK)
+    assert easy.verdict == NOT_MEASURABLE
+    assert "pass@16 is 0.99" in easy.sentence
+    assert "harder tasks or a higher pass threshold" in easy.sentence
+    harder = [boundaries(np.full(60, 0.3), np.full(60, 0.7)), boundaries(start, np.repeat([0.3, 0.6], 60))]
+    assert claim_t3(harder[1:], QUICK).verdict == NOT_SUPPORTED
+
+
 def test_t3_of_several_runs_is_about_runs():
     rng = np.random.default_rng(0)
     start = np.repeat([0.3, 0.0], 60)

@@ -240,7 +240,7 @@ def pass_at_k_by_step(
             out["crossings"][step] = ax.axvline(crossing, color=style["color"], linewidth=0.7, linestyle=":", zorder=1)
             ax.annotate(
                 f"k = {number(crossing, 0)}",
-                (crossing, 0.02),
+                (crossing, 0.02 + 0.06 * (len(out["crossings"]) % 3)),  # one above the other: they may be close
                 xycoords=("data", "axes fraction"),
                 xytext=(2, 0),
                 textcoords="offset points",

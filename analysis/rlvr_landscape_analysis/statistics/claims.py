@@ -17,10 +17,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import xarray as xr
 
-from rlvr_landscape_analysis.designs import CensusPoints
+from rlvr_landscape_analysis.designs import CensusPoints, successes
 from rlvr_landscape_analysis.evidence import EvidenceAnalysis, RunEvidence
 from rlvr_landscape_analysis.results import EARLY, NOT_MEASURABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Claim
-from rlvr_landscape_analysis.statistics.boundary import CONTRAST_K, contrast
+from rlvr_landscape_analysis.schema import pass_threshold
+from rlvr_landscape_analysis.statistics.boundary import CONTRAST_K, contrast, pass_at_k_values
 from rlvr_landscape_analysis.statistics.census import (
     REACH,
     Correlation,
@@ -71,9 +72,11 @@ RULES = {
         f"when the first lies above −{NEGLIGIBLE:g} or the second above 0."
     ),
     "T3": (
-        f"With X = 1 − Δpass@k / Δpass@1 at the largest k = 2^i of at least {CONTRAST_K} that was measured: supported "
-        f"when pass@1 rose (interval above 0) and X lies above {EVEN + NEGLIGIBLE:g} (the interval of "
-        f"Δpass@k − {EVEN - NEGLIGIBLE:g} Δpass@1 below 0); not supported when that interval lies above 0."
+        f"With X = 1 − Δpass@k / Δpass@1 at the largest k = 2^i of at least {CONTRAST_K} that was measured and at "
+        f"which pass@k of the first step leaves room for a rise by {EVEN - NEGLIGIBLE:g} Δpass@1 (where there is none, "
+        "no training could refute the claim, and it is not measurable): supported when pass@1 rose (interval above 0) "
+        f"and X lies above {EVEN + NEGLIGIBLE:g} (the interval of Δpass@k − {EVEN - NEGLIGIBLE:g} Δpass@1 below 0); "
+        "not supported when that interval lies above 0."
     ),
 }
 
@@ -305,8 +308,8 @@ def claim_t3(
         return _not_measurable(
             "T3", f"pass@k is needed at k = {CONTRAST_K} or more and {rollouts} rollouts per task were made", measured
         )
-    k = 1 << (rollouts.bit_length() - 1)
     pairs = [(run, min(run.boundaries), max(run.boundaries)) for run in measured]
+    k = _open_k(pairs, 1 << (rollouts.bit_length() - 1), threshold)
     changes = [contrast(run.boundaries[a], run.boundaries[b], k, threshold=threshold) for run, a, b in pairs]
     prompts = min(len(own) for change in changes for own in change.prompts.values())
     if prompts < MIN_PROMPTS:
@@ -322,6 +325,16 @@ def claim_t3(
             "T3",
             f"pass@1 fell by {number(-gain.value, (-gain.interval[1], -gain.interval[0]), settings, digits=3)}, so "
             "there is no gain to take apart",
+            measured,
+        )
+    room = _room(pairs, k, threshold)
+    if rises == SUPPORTED and room <= (EVEN - NEGLIGIBLE) * gain.value:
+        return _not_measurable(
+            "T3",
+            f"pass@{k} is {1 - room:.3f} at the first step already and can rise by {room:.3f} at most, which is no "
+            f"more than {EVEN - NEGLIGIBLE:g} times the gain in pass@1, "
+            f"{number(gain.value, gain.interval, settings, digits=3)}: no training could show exploration here; take "
+            f"harder tasks or a higher pass threshold.{frontier}",
             measured,
         )
     verdict = NOT_SUPPORTED if verdict == NOT_SUPPORTED else together([rises, verdict])
@@ -355,6 +368,27 @@ def claim_t3(
         runs=len(measured),
         overturn=f"a gain in pass@k at a k beyond {k}, or on other tasks",
     )
+
+
+_Pair = tuple[RunEvidence, int, int]
+"""A run, its first and its last step with a boundary."""
+
+
+def _room(pairs: Sequence[_Pair], k: int, threshold: float | None) -> float:
+    """By how much pass@k can rise from the first step: mean over runs."""
+    first = [run.boundaries[step] for run, step, _ in pairs]
+    counts = [successes(data, pass_threshold(data.attrs, threshold)) for data in first]
+    return 1 - float(np.mean([np.nanmean(pass_at_k_values(solved, valid, k)) for solved, valid in counts]))
+
+
+def _open_k(pairs: Sequence[_Pair], largest: int, threshold: float | None) -> int:
+    """The largest k = 2^i up to `largest` at which exploration could show; `CONTRAST_K` where there is none."""
+    change = [contrast(run.boundaries[a], run.boundaries[b], CONTRAST_K, threshold=threshold) for run, a, b in pairs]
+    gain = float(np.mean([one.value[0] for one in change]))
+    k = largest
+    while k > CONTRAST_K and _room(pairs, k, threshold) <= (EVEN - NEGLIGIBLE) * gain:
+        k //= 2
+    return k
 
 
 def _rollouts(data: xr.Dataset) -> int:

@@ -120,6 +120,16 @@ def test_adding_the_drawn_token_to_the_candidates_would_give_another_distributio
     assert chi_square(right, q) > 0.01
 
 
+def test_a_token_is_kept_as_often_as_with_common_noise():
+    """Closed form: with one noise for both policies, both choose i with probability 1 / Σ_j max(p_j/p_i, q_j/q_i)."""
+    p, q = np.random.default_rng(12).dirichlet(np.ones(VOCABULARY), size=2)
+    expected = 1 / np.maximum(p[None, :] / p[:, None], q[None, :] / q[:, None]).sum(axis=1)
+    tokens = np.random.default_rng(13).choice(VOCABULARY, size=100_000, p=p)
+    _, stays = coupled(p, q, tokens, k=VOCABULARY)
+    found = np.bincount(tokens[stays], minlength=VOCABULARY) / len(tokens)
+    assert np.abs(found - expected).max() < 4 * np.sqrt(expected.max() / len(tokens))
+
+
 def test_near_policies_keep_nearly_as_many_tokens_as_any_coupling():
     random = np.random.default_rng(2)
     p = random.dirichlet(np.full(400, 0.3))

@@ -58,6 +58,7 @@ benchmarks: setup  ## the benchmarks whose numbers docs/benchmarks.md quotes
 	$(PYTHON) benchmarks/analysis.py
 	$(PYTHON) benchmarks/harness.py
 	$(PYTHON) benchmarks/common_random_numbers.py
+	$(PYTHON) benchmarks/coupling_shares.py
 	$(PYTHON) benchmarks/scaling.py
 	$(PYTHON) benchmarks/seeds.py
 	$(PYTHON) benchmarks/progressive.py --replay-only

@@ -30,6 +30,8 @@ depend on what else is computed or in which order.
 
 **Rounding.** Probabilities that were computed in another way (decoding instead of scoring, other batches) differ by
 rounding, and so do the draws. A tie is won by y.
+
+Sweeps do not use this module; docs/benchmarks.md ("Completions near the checkpoint") says why.
 """
 
 from __future__ import annotations

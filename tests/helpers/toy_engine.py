@@ -27,6 +27,8 @@ from rlvr_landscape_plugin.serving.protocol import ROOTS_VARIABLE, TOKEN_VARIABL
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
 TOKENS = np.array([5, 6, 7], dtype=np.int32)
+NOTHING_AHEAD = {"parts": 0, "ready": 0, "errors": []}
+"""What a load says of draws ahead where there were none."""
 FAILURES = "failures.json"
 """In a server's control directory: what its next updates do (`Engine.outcomes`), then removed."""
 FOREIGN = "foreign_version.txt"
@@ -91,7 +93,7 @@ class Engine:
     async def init_weight_transfer_engine(self, request: Request) -> None:
         facts = {
             **{"snapshot_sha256": "a" * 64, "theta": 1.0, "theta_share": 1.0, "move_path": "kernel"},
-            **{"move_path_reason": "", "directions_memory": "", "directions_memory_reason": ""},
+            **{"move_path_reason": "", "directions_memory": "", "directions_memory_reason": "", "ahead": NOTHING_AHEAD},
         }
         _report(request, facts)
 
@@ -144,6 +146,9 @@ class ToyEngine(Engine):
     async def init_weight_transfer_engine(self, request: Request) -> None:
         asked = request.content
         access.check_report_directory(asked["report"])
+        if asked.get("ahead"):
+            _report(request, {"begun": False, "reason": "a toy engine draws nothing"})
+            return
         if "snapshot" not in asked:
             _report(request, {"weights": f"{self._slice[0]} at {self._at if any(self._at) else 'the origin'}"})
             return
@@ -158,7 +163,7 @@ class ToyEngine(Engine):
             **{"snapshot_sha256": snapshot.sha256, "directions_fingerprint": self._slice[1], "seconds": 0.0},
             **{"parameters": 12, "moving_parameters": 12, "theta": 1.0, "theta_share": 1.0},
             **{"move_path": "kernel", "move_path_reason": "", "directions_dtype": "float32"},
-            **{"directions_memory": "float32 on the host", "directions_memory_reason": ""},
+            **{"directions_memory": "float32 on the host", "directions_memory_reason": "", "ahead": NOTHING_AHEAD},
         }
         _report(request, facts)
 

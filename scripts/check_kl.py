@@ -91,13 +91,16 @@ def check(census: Path, snapshot: Path, rows: int, threads: int) -> list[dict[st
     """Of each of `POINTS`: where it is, the mean KL per token of the sweep and of this script."""
     with xr.open_dataset(census) as opened:
         data = opened.load()
-    journal = census.parent / f"step{int(data['step']):06d}_census"
-    with xr.open_dataset(journal / "base.nc") as opened:
+    journal = census.parent / f"step{int(data['step']):06d}_census" / "base.nc"
+    if not journal.is_file():
+        raise SystemExit(f"error: {journal} is missing; the journal of the sweep must lie beside its dataset")
+    with xr.open_dataset(journal) as opened:
         base = opened.load()
-    slice_ = json.loads(data.attrs["slice"])
-    given = slice_[0] if isinstance(slice_, list) else slice_
-    if given["normalization"] != "tensor" or given["include"] != ["*"] or given["exclude"]:
-        raise SystemExit(f"error: {census}: this script draws slices of all tensors with normalization = 'tensor' only")
+    drawn = json.loads(data.attrs["configuration"])["slice"]
+    if drawn["normalization"] != "tensor" or drawn["include"] != ["*"] or drawn["exclude"] or "alpha" in drawn:
+        raise SystemExit(
+            f"error: {census}: this script draws random directions of all tensors, normalised by tensor, only"
+        )
     chosen = completions(base)[:rows]
     places = [(int(p), int(r)) for p, r in zip(base["segment_prompt"], base["segment_rollout"], strict=True)][:rows]
     tokens = sum(int(sampled.sum()) for _, sampled in chosen)

@@ -14,6 +14,7 @@ from conftest import POLICY
 from reference import logprobs, perturbed
 from toy_run import make_toy_adapters
 
+from rlvr_landscape_plugin.config import SweepConfig
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def write_census(folder: Path, policy: Path) -> Path:
             "relative_radius": ("radius", list(RADII)),
             "step": 1,
         },
-        {"slice": json.dumps({"seed": SEED, "normalization": "tensor", "include": ["*"], "exclude": []})},
+        {"configuration": json.dumps(SweepConfig.model_validate({"design": "census"}).provenance())},
     )
     base = xr.Dataset(
         {

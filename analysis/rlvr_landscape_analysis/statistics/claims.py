@@ -151,7 +151,7 @@ def claim_t1(
     level = mean_over_runs([pooled(chosen[run.name], settings.level) for run in used], settings.level)
     verdicts = [decide(level.interval)]
     sentence = (
-        f"At radii up to {REACH:g} displacements, KL and reward correlate over random directions by "
+        f"At radii up to {REACH:g} displacements, the correlation of KL and reward over random directions is "
         f"{number(level.value, level.interval, settings)}."
     )
     if level.reason:

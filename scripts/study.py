@@ -4,7 +4,7 @@
     make study STAGES="train-grpo-* page"          # some of them, by name or pattern
     make study STUDY="--minutes 55"                # none that would not fit into the next 55 minutes
     python scripts/study.py --list                 # what there is, what is done, how long the rest takes
-    python scripts/study.py --reduced              # one run each, fewer directions, ten minutes: `make reproduce`
+    python scripts/study.py --reduced              # one run each, fewer directions, about ten minutes: `make reproduce`
     python scripts/study.py --short                # every kind of stage at toy size, to see that all of it works
 
 A stage that was killed continues where it was; a stage whose outputs are whole is skipped. `record.json` in the output
@@ -250,7 +250,9 @@ class Measurements:
 def main(argv: Sequence[str] | None = None, run: Run = run_here) -> int:
     """The command; returns the exit code."""
     made = parser(__doc__, "outputs/study")
-    made.add_argument("--reduced", action="store_true", help="one run each, fewer directions and steps: ten minutes")
+    made.add_argument(
+        "--reduced", action="store_true", help="one run each, fewer directions and steps: about ten minutes"
+    )
     given = made.parse_args(argv)
     if given.short and given.reduced:
         made.error("--short and --reduced are two sizes; give one")

@@ -250,9 +250,7 @@ class Measurements:
 def main(argv: Sequence[str] | None = None, run: Run = run_here) -> int:
     """The command; returns the exit code."""
     made = parser(__doc__, "outputs/study")
-    made.add_argument(
-        "--reduced", action="store_true", help="one run each, fewer directions and steps: about ten minutes"
-    )
+    made.add_argument("--reduced", action="store_true", help="one run each, fewer directions; about ten minutes")
     given = made.parse_args(argv)
     if given.short and given.reduced:
         made.error("--short and --reduced are two sizes; give one")

@@ -29,6 +29,7 @@ from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.landscape import per_prompt
 from rlvr_landscape_analysis.schema import GRID, LANDSCAPE_FILE, PROMPT, PROMPTS_SHA256, paid_by
 from rlvr_landscape_analysis.statistics.comparable import at, common_radii
+from rlvr_landscape_analysis.statistics.path import path_points
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS
 from rlvr_landscape_analysis.statistics.two_way import MIN_DIRECTIONS, TwoWay, means, prompt_means
 
@@ -40,7 +41,7 @@ QUANTITIES = {
     "kl": "KL from the checkpoint (nat)",
 }
 """Quantity → what it is called."""
-COMPARED = ("grid", "census", "boundary")
+COMPARED = ("grid", "census", "path", "boundary")
 """Designs that are compared; of a boundary, the checkpoint alone."""
 
 
@@ -51,8 +52,8 @@ class Difference:
     landscape: str
     """What was measured: design and step."""
     radius: float
-    """Distance from the checkpoint: of a grid in its own unit, of a census by the norm of the weights; 0: the
-    checkpoint itself."""
+    """Distance from the checkpoint: of a grid in its own unit, of a census by the norm of the weights; of a path its
+    position, which is negative towards step 0; 0: the checkpoint itself."""
     quantity: str
     """A key of `QUANTITIES`."""
     first: TwoWay
@@ -101,12 +102,13 @@ def compare(first: str | Path, second: str | Path, confidence: float = 0.95) -> 
     names = _names(*paths)
     pairs, notes = _pairs(sides[0], sides[1], names)
     rows: list[Difference] = []
+    read = {"grid": _of_grids, "path": _of_paths}
     for one, other in pairs:
         files = sides[0][one], sides[1][other]
         with _opened(one, files[0]) as a, _opened(other, files[1]) as b:
             check_comparable(a, b, files)
             label = _label(one, other)
-            rows += _of_grids(a, b, label, notes) if one[0] == "grid" else _of_designs(a, b, one[0], label, notes)
+            rows += read[one[0]](a, b, label, notes) if one[0] in read else _of_designs(a, b, one[0], label, notes)
     return Comparison(names, rows, confidence, list(dict.fromkeys(notes)))
 
 
@@ -257,6 +259,34 @@ def _shells(data: xr.Dataset) -> dict[float, np.ndarray]:
     radius = np.hypot(data["alpha"].values[:, None], data["beta"].values[None])
     rounded = np.vectorize(lambda value: float(f"{value:.9g}"))(radius)
     return {float(value): rounded == value for value in np.unique(rounded)}
+
+
+def _of_paths(first: xr.Dataset, second: xr.Dataset, label: str, notes: list[str]) -> list[Difference]:
+    """Each path that both have, at the positions that both have."""
+    same = _same_prompts(first, second, label, notes)
+    sides = [path_points(data) for data in (first, second)]
+    if same:  # the prompts of a dataset are those of all its paths
+        both = sides[0][0].kept & sides[1][0].kept
+        sides = [path_points(data, prompts=both) for data in (first, second)]
+    named = [{one.name: one for one in side} for side in sides]
+    keys = [("prompts", 0 if same else side) for side in (0, 1)]
+    rows, left = [], sorted(named[0].keys() ^ named[1].keys())
+    for name in (name for name in named[0] if name in named[1]):
+        pair = named[0][name], named[1][name]
+        counts = pair[0].reward.shape[1], pair[1].reward.shape[1]
+        for position in np.intersect1d(pair[0].position, pair[1].position):
+            places = [int(np.flatnonzero(one.position == position)[0]) for one in pair]
+            for quantity in ("reward", "change", "kl") if position else ("reward",):
+                one, other = (
+                    prompt_means(getattr(side, quantity)[place], key)
+                    for side, place, key in zip(pair, places, keys, strict=True)
+                )
+                rows.append(Difference(f"{label}, {name}", float(position), quantity, one, other, same, counts, (0, 0)))
+    if left:
+        notes.append(f"{label}: only on one side, left out: {', '.join(left)}.")
+    if not rows:
+        notes.append(f"{label}: the two have no path with a position in common.")
+    return rows
 
 
 def _of_designs(first: xr.Dataset, second: xr.Dataset, design: str, label: str, notes: list[str]) -> list[Difference]:

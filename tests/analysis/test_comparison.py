@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from rlvr_landscape_analysis import synthetic_designs
 from rlvr_landscape_analysis.compare import main
 from rlvr_landscape_analysis.comparison import compare
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.report.comparison import comparison_table, plain_table, write_comparison
+from rlvr_landscape_analysis.synthetic_designs import PathTruth
 from scipy import stats
 
 DATA = Path(__file__).parent / "data"
@@ -95,6 +97,27 @@ def test_two_censuses_are_compared_at_the_same_lengths(tmp_path):
             assert row.directions[0] >= 1
             gain = {"reward": 0.25, "change": 0.25, "kl": 0.0}[row.quantity]
             assert float(row.difference.value) == pytest.approx(gain, abs=1e-6)
+
+
+def test_two_paths_are_compared_at_the_same_positions(tmp_path):
+    truths = {"displacement": PathTruth(), "update": PathTruth(slope=0.0)}
+    one = synthetic_designs.path(truths).assign_attrs(configuration="{}")
+    other = one.isel(path=[0], position=[0, 2, 3, 5]).copy(deep=True)
+    other["reward"] = other["reward"] + 0.125
+    for folder, data in (("a", one), ("b", other)):
+        (tmp_path / folder).mkdir()
+        data.to_netcdf(tmp_path / folder / "path_step000010.nc")
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert {row.landscape for row in found.rows} == {"path, step 10, displacement"}
+    assert sorted({row.radius for row in found.rows}) == [-1.0, 0.0, 0.5, 1.5]
+    assert all("update" in note for note in found.notes)
+    for row in found.rows:
+        assert row.paired
+        assert float(row.difference.value) == pytest.approx(0.0 if row.quantity == "kl" else 0.125, abs=1e-6)
+    here = one["reward"].sel(path="displacement", position=0.5).mean("rollout").values
+    row = next(row for row in found.rows if (row.radius, row.quantity) == (0.5, "reward"))
+    assert float(row.first.value) == pytest.approx(here.mean(), rel=1e-6)
+    comparison_table(found)
 
 
 def test_runs_are_matched_by_step_and_slice(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -109,6 +110,30 @@ async def test_a_session_that_a_lost_move_left_open_is_closed_by_the_next(serve,
     engine.update_weights = real  # type: ignore[method-assign]
     assert (await move(client)).status_code == 200
     assert await state(client) == ("clean", [0.1, 0.0])
+
+
+async def test_a_slice_is_drawn_ahead_of_the_load_that_is_meant(serve, tmp_path, monkeypatch):
+    client, engine = await serve()
+    body = {"slice": {"seed": 1}, "load": "another"}
+    assert "no snapshot is loaded" in (await client.post("/ahead", json=body)).text
+    loaded = (await load(client, tmp_path)).json()["load"]
+    assert (await move(client)).status_code == 200
+    refused = await client.post("/ahead", json=body)
+    assert refused.status_code == 409
+    assert "another client loaded" in refused.text
+    answers = [{"begun": True, "reason": ""}, {"error": "not a slice: no seed"}]
+
+    async def begin(request: Any) -> None:
+        assert request.content["ahead"]
+        assert request.content["slice"] == {"seed": 1}
+        Path(request.content["report"], "rank0.json").write_text(json.dumps(answers.pop(0)))
+
+    monkeypatch.setattr(engine, "init_weight_transfer_engine", begin)
+    begun = await client.post("/ahead", json=body | {"load": loaded})
+    assert begun.json() == {"begun": True, "reason": ""}
+    wrong = await client.post("/ahead", json=body | {"load": loaded})
+    assert (wrong.status_code, wrong.json()["detail"]) == (422, "not a slice: no seed")
+    assert await state(client) == ("clean", [0.1, 0.0]), "the weights stay"
 
 
 async def test_reports_of_some_of_the_workers_are_not_taken_for_all(serve, tmp_path):

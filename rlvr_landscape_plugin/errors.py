@@ -5,8 +5,6 @@ Each names what was wrong, where, and what to do. All of them pickle.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import sys
 from collections.abc import Callable
 
@@ -83,9 +81,6 @@ def run_cli(
     interrupted: str = "interrupted; finished points are kept, the same command continues",
 ) -> int:
     """Call `function`; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C, which `interrupted` explains."""
-    # As it ends, Python searches all objects for cycles once more: two silent seconds with torch and verifiers loaded.
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)
     try:
         function()
     except Exception as error:

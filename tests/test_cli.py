@@ -57,17 +57,6 @@ def test_version_and_the_module_are_the_same_command(capsys):
     assert done.stdout == f"rlvr-landscape {__version__}\n"
 
 
-def test_a_command_does_not_search_all_objects_once_more_as_it_ends():
-    code = (
-        "import atexit, gc; atexit.register(lambda: print('frozen', gc.get_freeze_count()))\n"
-        "from rlvr_landscape_plugin.errors import run_cli; run_cli(lambda: print('at work', gc.get_freeze_count()))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    said = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    assert said["at work"] == "0"
-    assert int(said["frozen"]) > 1000
-
-
 def test_without_a_command_the_usage_is_an_error(capsys):
     assert main([]) == 2
     assert "usage: rlvr-landscape COMMAND" in capsys.readouterr().err

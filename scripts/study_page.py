@@ -83,9 +83,8 @@ def read(out: Path) -> Data:
     except (ValueError, KeyError, TypeError) as error:
         raise AnalysisError(f"{file} is damaged: {error!r}") from error
     data = Data(out, record, {}, {}, {})
-    for folder in sorted(path for path in out.iterdir() if path.name.rpartition("-")[0] in TITLES):
-        if (folder / "run" / EVALUATIONS_FILE).is_file():
-            data.training[folder.name] = open_training(folder / "run")
+    for folder in trained_runs(out, record):
+        data.training[folder.name] = open_training(folder / "run")
         own = _evidence([out / START / name for name in DESIGNS], [folder / name for name in DESIGNS], folder.name)
         if own is not None:
             data.evidence[folder.name] = own
@@ -93,6 +92,15 @@ def read(out: Path) -> Data:
         if other is not None:
             data.others[folder.name] = other
     return data
+
+
+def trained_runs(out: Path, record: Mapping[str, Any]) -> list[Path]:
+    """Folders of the runs whose training has finished: one that still trains would count with its present step."""
+    return [
+        path
+        for path in sorted(out.iterdir())
+        if path.name.rpartition("-")[0] in TITLES and record.get(f"train-{path.name}", {}).get("done")
+    ]
 
 
 def _evidence(start: Sequence[Path], own: Sequence[Path], name: str) -> RunEvidence | None:
@@ -107,7 +115,7 @@ def keep(data: Data, target: Path) -> None:
     if target.resolve() == data.out.resolve():
         return
     files = [data.out / "record.json"]
-    for folder in (data.out / START, *(path for path in data.out.iterdir() if path.name.rpartition("-")[0] in TITLES)):
+    for folder in (data.out / START, *trained_runs(data.out, data.record)):
         files += [folder / "run" / name for name in (RUN_FILE, METRICS_FILE, EVALUATIONS_FILE)]
         for name in (*DESIGNS, *GRIDS, OTHERS):
             files += sorted((folder / name).glob("*_step*.nc"))
@@ -357,9 +365,7 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]
         .get_template("study_page.md.j2")
         .render(
             **sizes(data.record),
-            not_done=", ".join(
-                name for name in expected if not data.record.get(name, {}).get("done") and name != "page"
-            ),
+            not_done=missing_words(expected, data.record),
             verdicts=_verdict_rows(claims),
             claims=claims,
             titles=TITLES,
@@ -375,6 +381,15 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]
         )
     )
     return [write_whole(page / "README.md", text.encode()), *written]
+
+
+def missing_words(expected: Sequence[str], record: Mapping[str, Any]) -> str:
+    """The stages that are not done, a run of which nothing is done by its name alone; empty where all are."""
+    left = [name for name in expected if name != "page" and not record.get(name, {}).get("done")]
+    runs = [name.removeprefix("train-") for name in left if name.startswith("train-")]
+    words = [f"the runs {', '.join(runs)} and what lies around them"] if runs else []
+    words += [name for name in left if not any(name.endswith(f"-{run}") for run in runs)]
+    return "; ".join(words)
 
 
 def environment(page: Path) -> Environment:

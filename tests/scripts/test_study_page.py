@@ -84,7 +84,9 @@ def out(tmp_path_factory):
         save(boundary(rates + 0.02, rollouts=64, step=step), target)
     entry = {"what": "measured", "done": True, "seconds": 90.0, "cores": 2, "commit": "abc"}
     entry |= {"rollouts": 1000, "seeds": [3]}
-    stages = {"start": entry, "train-grpo-0": entry, "path-grpo-1": entry | {"done": False}}
+    write_training(root / "grpo-9" / "run", "grpo-9", 0.9)
+    stages = {"start": entry, **{f"train-{name}": entry for name in GAINS}}
+    stages |= {name: entry | {"done": False} for name in ("path-grpo-1", "train-grpo-9")}
     (root / "record.json").write_text(json.dumps({"stages": stages}))
     return root
 
@@ -92,16 +94,23 @@ def out(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(page_command, out, tmp_path_factory):
     target = tmp_path_factory.mktemp("page") / "study"
-    expected = ("start", "train-grpo-0", "path-grpo-1", "grids-grpo-0")
+    expected = ("start", "train-grpo-0", "path-grpo-1", "train-grpo-9", "census-grpo-9", "grids-grpo-0")
     assert page_command.main([str(out), "--page", str(target), "--expected", *expected]) == 0
     return target
 
 
 def test_the_page_names_what_is_missing(page):
     text = (page / "README.md").read_text()
-    assert "**Not measured yet:** path-grpo-1, grids-grpo-0." in text
-    assert "2 stages, 2,000 rollouts, 0.1 hours on 2 cores, commit abc." in text
+    assert "**Not measured yet:** the runs grpo-9 and what lies around them; path-grpo-1; grids-grpo-0." in text
+    done = 1 + len(GAINS)
+    assert f"{done} stages, {done},000 rollouts, {(done + 2) * 90 / 3600:.1f} hours on 2 cores, commit abc." in text
     assert "| path-grpo-1 | measured | 1.5 (not finished) |" in text
+
+
+def test_a_run_that_still_trains_is_left_out(page, page_command, out):
+    assert "grpo-9" not in page_command.read(out).training
+    assert "GRPO, seed 9" not in (page / "README.md").read_text()
+    assert not (page / "data" / "grpo-9").exists()
 
 
 def test_verdicts_are_those_of_the_claims(page):
@@ -166,9 +175,7 @@ def test_pictures_and_links_exist(page):
 def test_the_page_can_be_made_from_the_data_beside_it(page_command, page, tmp_path):
     assert page_command.main([str(page / "data"), "--page", str(tmp_path / "again")]) == 0
     first, second = ((folder / "README.md").read_text() for folder in (page, tmp_path / "again"))
-    without = first.replace("**Not measured yet:** path-grpo-1, grids-grpo-0. What needs it", "")
-    assert second.split("## In short")[1].replace("docs", "") != ""
-    assert second.split("## Training")[1] == without.split("## Training")[1]
+    assert second.split("## Training")[1] == first.split("## Training")[1]
 
 
 def test_an_empty_study_has_a_page_that_says_so(page_command, tmp_path, capsys):

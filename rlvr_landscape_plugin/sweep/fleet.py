@@ -66,7 +66,7 @@ def check_server(config: ServerConfig, url: str, facts: JsonObject) -> None:
         if value is not None and facts[key] != value:
             raise ServerRefusalError(
                 f"{url} has {key} {facts[key]}, not server.{key} = {getattr(config, key)}, which cannot change a "
-                f"server that already runs; leave server.{key} out, or start the server with it"
+                f"server that already runs; give server.{key} = {facts[key]}, or start the server with the other"
             )
 
 

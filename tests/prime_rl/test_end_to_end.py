@@ -136,6 +136,7 @@ def test_a_sweep_on_prime_rls_own_inference_and_its_report(trained, workplace):
     options = ["@", str(ROOT / "configs" / "sweep" / "paper.toml"), "--snapshots", *steps, "--output", str(output)]
     options += ["--surrogate.advantage_scale", "none", "--env.taskset.source", "builtin", "--env.num_prompts", "6"]
     options += [*SMALL_GRID, "--env.max_concurrent", "64", "--sampling.max_tokens", "64"]
+    options += ["--server.dtype", "float32", "--server.max_model_len", "1024"]
     with inference(workplace, roots / "step_000000", token, roots) as url:
         done = project(
             workplace, "rlvr_landscape_plugin.sweep", *options, "--server.urls", url, RLVR_LANDSCAPE_TOKEN=token

@@ -60,7 +60,7 @@ class Job:
         server.meter = server.meter or self._meter(server)
         files = {axis: str(path) for axis, path in self._slice.files.items()}
         base = "" if snapshot.base is None else str(snapshot.base.path)
-        facts = await self._held(client) or await client.load(
+        facts = self._held(client, told) or await client.load(
             str(snapshot.path), self._slice.spec.as_dict(), files, base
         )
         for key, ours in self._fingerprints.items():
@@ -82,9 +82,11 @@ class Job:
             )
         await client.move(0.0, 0.0)
 
-    async def _held(self, client: LandscapeClient) -> JsonObject | None:
-        """What the server said when this client loaded the slice, if it still holds it; probes may have loaded it."""
-        told = await client.info()
+    def _held(self, client: LandscapeClient, told: JsonObject) -> JsonObject | None:
+        """What the server said when this client loaded the slice, if it still holds it; probes may have loaded it.
+
+        `told`: what the server says of itself now.
+        """
         loaded = told["loaded"] or {}
         if told["state"] != "clean" or client.loaded is None or loaded.get("load") != client.loaded:
             return None

@@ -8,9 +8,7 @@ was read, so that the same command makes the page again from there.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ from rlvr_landscape_analysis.statistics.wording import number
 from rlvr_landscape_analysis.trainer_log import open_training
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study_page import environment, sizes, stage_rows
+from study_page import carry_out, command, copy_files, environment, sizes, stage_rows
 
 SPACES = ("inside", "outside")
 FIGURE = "inside_and_outside"
@@ -39,10 +37,7 @@ def keep(out: Path, target: Path) -> None:
     files = [out / "record.json", *(out / "run" / name for name in (RUN_FILE, METRICS_FILE, EVALUATIONS_FILE))]
     for space in SPACES:
         files += sorted((out / space).glob("census_step*.nc"))
-    for file in files:
-        copy = target / file.relative_to(out)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+    copy_files(files, out, target)
 
 
 def rows_of(out: Path) -> list[tuple[str, ...]]:
@@ -106,18 +101,9 @@ def make_page(out: Path, page: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("output", type=Path, help="output directory of the study")
-    made.add_argument("--page", type=Path, required=True, metavar="DIR", help="where the page goes")
-    given = made.parse_args(argv)
-    try:
-        written = make_page(given.output, given.page)
-    except (AnalysisError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"page {written}")
-    return 0
+    """The command; returns the exit code."""
+    given = command(__doc__).parse_args(argv)
+    return carry_out(lambda: make_page(given.output, given.page))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ again from there (`python scripts/smollm2_page.py results/smollm2/data --page re
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +30,20 @@ from rlvr_landscape_analysis.study import write_study
 from rlvr_landscape_analysis.trainer_log import open_training, write
 
 sys.path.insert(0, str(Path(__file__).parent))
-from study_page import Data, boundary_rows, chosen_figures, environment, frontier_rows, sizes, stage_rows
+from study_page import (
+    Data,
+    boundary_rows,
+    carry_out,
+    chosen_figures,
+    command,
+    copy_files,
+    environment,
+    expecting,
+    frontier_rows,
+    missing,
+    sizes,
+    stage_rows,
+)
 
 RUN = "grpo"
 DESIGNS = ("census_start", "census", "path", "boundary")
@@ -73,11 +84,7 @@ def keep(out: Path, target: Path) -> None:
     files += [out / RUN / "run" / name for name in (RUN_FILE, METRICS_FILE, EVALUATIONS_FILE)]
     for name in (*DESIGNS, GRID):
         files += sorted((out / RUN / name).glob("*_step*.nc"))
-    for file in files:
-        if file.is_file():
-            copy = target / file.relative_to(out)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+    copy_files(files, out, target)
 
 
 def training_words(run: xr.Dataset, configuration: dict[str, Any]) -> dict[str, Any]:
@@ -157,9 +164,7 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> Path:
         .get_template("smollm2_page.md.j2")
         .render(
             **sizes(data.record),
-            not_done=", ".join(
-                name for name in expected if not data.record.get(name, {}).get("done") and name != "page"
-            ),
+            not_done=", ".join(missing(expected, data.record)),
             warm=_json(out / "warm" / WARM, "") if (out / "warm" / WARM).is_file() else None,
             training=training,
             seconds=seconds,
@@ -178,19 +183,9 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("output", type=Path, help="output directory of the study")
-    made.add_argument("--page", type=Path, required=True, metavar="DIR", help="where the page goes")
-    made.add_argument("--expected", nargs="*", default=[], metavar="STAGE", help="all stages, to say what is missing")
-    given = made.parse_args(argv)
-    try:
-        written = make_page(given.output, given.page, given.expected)
-    except (AnalysisError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"page {written}")
-    return 0
+    """The command; returns the exit code."""
+    given = expecting(command(__doc__)).parse_args(argv)
+    return carry_out(lambda: make_page(given.output, given.page, given.expected))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,14 @@ def keep(data: Data, target: Path) -> None:
         files += [folder / "run" / name for name in (RUN_FILE, METRICS_FILE, EVALUATIONS_FILE)]
         for name in (*DESIGNS, *GRIDS, OTHERS):
             files += sorted((folder / name).glob("*_step*.nc"))
+    copy_files(files, data.out, target)
+
+
+def copy_files(files: Sequence[Path], out: Path, target: Path) -> None:
+    """Copy those that are there to the same places below `target`."""
     for file in files:
         if file.is_file():
-            copy = target / file.relative_to(data.out)
+            copy = target / file.relative_to(out)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
 
@@ -383,9 +388,14 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]
     return [write_whole(page / "README.md", text.encode()), *written]
 
 
+def missing(expected: Sequence[str], record: Mapping[str, Any]) -> list[str]:
+    """The stages that are not done."""
+    return [name for name in expected if name != "page" and not record.get(name, {}).get("done")]
+
+
 def missing_words(expected: Sequence[str], record: Mapping[str, Any]) -> str:
     """The stages that are not done, a run of which nothing is done by its name alone; empty where all are."""
-    left = [name for name in expected if name != "page" and not record.get(name, {}).get("done")]
+    left = missing(expected, record)
     runs = [name.removeprefix("train-") for name in left if name.startswith("train-")]
     words = [f"the runs {', '.join(runs)} and what lies around them"] if runs else []
     words += [name for name in left if not any(name.endswith(f"-{run}") for run in runs)]
@@ -432,20 +442,35 @@ def _now(claims: Sequence[Claim], name: str) -> str:
     return f"{reasons} With {'a boundary' if name == 'T3' else 'censuses'}: {verdict or 'not measured yet'}."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None) -> argparse.ArgumentParser:
+    """The command line of a page."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("output", type=Path, help="output directory of the study")
     made.add_argument("--page", type=Path, required=True, metavar="DIR", help="where the page goes")
+    return made
+
+
+def expecting(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same for a page that says which stages are missing."""
     made.add_argument("--expected", nargs="*", default=[], metavar="STAGE", help="all stages, to say what is missing")
-    given = made.parse_args(argv)
+    return made
+
+
+def carry_out(make: Callable[[], Path]) -> int:
+    """Make a page and name it; returns the exit code, and says a user's mistake in one line."""
     try:
-        written = make_page(given.output, given.page, given.expected)
+        written = make()
     except (AnalysisError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"page {written[0]}")
+    print(f"page {written}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    given = expecting(command(__doc__)).parse_args(argv)
+    return carry_out(lambda: make_page(given.output, given.page, given.expected)[0])
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _strike(sweep: Sweep, paths: list[Path]) -> tuple[str, str]:
 def damage_midway(sweep: Sweep) -> tuple[str, str]:
     sweep.moment(at_least=sweep.began_with + 1)
     sweep.kill()
-    sweep.check_points()
+    sweep.check()
     return _strike(sweep, _files(sweep, "base", "journal", "server", "range", "process"))
 
 

@@ -111,8 +111,50 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 """Sweeps on toy servers: the usual one; one that finds its range first; one that grew from fewer rollouts."""
 
 
+class Commanded:
+    """An output directory and the command that works in it: what is taken in when the command ends."""
+
+    output: Path
+    log: Path
+    process: Command | None
+    done: bool
+    errors: str
+
+    def title(self) -> str:
+        """Of the present command, for the log."""
+        return self.output.name
+
+    def check(self) -> None:
+        """Nothing finished has vanished or changed."""
+        raise NotImplementedError
+
+    def check_whole(self) -> None:
+        """The result of a command that succeeded."""
+        raise NotImplementedError
+
+    def ended(self, *codes: int) -> str:
+        """Take the end of the command in; `codes` are those that the fault itself explains."""
+        assert self.process is not None
+        _, self.errors = self.process.communicate()
+        code, self.process = self.process.returncode, None
+        with self.log.open("a") as sink:
+            sink.write(f"--- {self.title()} ended with {code}\n{self.errors}\n")
+        self.check()
+        if "Traceback" in self.errors:
+            raise Violation(f"a traceback:\n{self.errors}")
+        if code == 0:
+            self.done = True
+            self.check_whole()
+            return WENT_ON
+        if code in codes:
+            return STOPPED
+        if code == 2 and sum(line.startswith("error: ") for line in self.errors.splitlines()) == 1:
+            return REFUSED
+        raise Violation(f"ended with {code}:\n{self.errors}")
+
+
 @dataclass
-class Sweep:
+class Sweep(Commanded):
     """One output directory from the first command to the dataset."""
 
     output: Path
@@ -169,9 +211,9 @@ class Sweep:
         self.process.communicate()
         self.process = None
         self.began_with = len(self.points())
-        self.check_points()
+        self.check()
 
-    def check_points(self) -> None:
+    def check(self) -> None:
         """No finished point has vanished or changed, except those that we damaged."""
         present = {path.name: path for path in self.points()}
         for name, state in self.kept.items():
@@ -291,27 +333,14 @@ class Sweep:
             raise Missed
         return self.process
 
-    def ended(self, *codes: int) -> str:
-        """Take the end of the command in; `codes` are those that the fault itself explains."""
-        assert self.process is not None
-        _, self.errors = self.process.communicate()
-        code, self.process = self.process.returncode, None
-        with self.log.open("a") as sink:
-            sink.write(f"--- {self.output.name} {self.variant} {self.mode} ended with {code}\n{self.errors}\n")
-        self.check_points()
-        if "Traceback" in self.errors:
-            raise Violation(f"a traceback:\n{self.errors}")
-        if code == 0:
-            self.done = True
-            if self.reference is not None:
-                same_landscape(self.dataset, self.reference, self.bench == TOY)
-            self.check_secrets()
-            return WENT_ON
-        if code in codes:
-            return STOPPED
-        if code == 2 and sum(line.startswith("error: ") for line in self.errors.splitlines()) == 1:
-            return REFUSED
-        raise Violation(f"ended with {code}:\n{self.errors}")
+    def title(self) -> str:
+        return f"{self.output.name} {self.variant} {self.mode}"
+
+    def check_whole(self) -> None:
+        """The undisturbed dataset, and no secret in any file."""
+        if self.reference is not None:
+            same_landscape(self.dataset, self.reference, self.bench == TOY)
+        self.check_secrets()
 
     def settle(self, *codes: int) -> str:
         """After a fault: until the command ends or has finished two more points (one may have been in flight)."""
@@ -321,7 +350,7 @@ class Sweep:
             if self.process.poll() is not None:
                 return self.ended(*codes)
             if len(self.points()) > before + 1:
-                self.check_points()
+                self.check()
                 return WENT_ON
             time.sleep(0.02)
         raise Violation(f"the command hung for {PATIENCE:.0f} s")

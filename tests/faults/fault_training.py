@@ -14,7 +14,7 @@ from typing import Any
 
 from fault_files import HOW, damaged
 from fault_servers import PATIENCE, Command, Disk, Forked, Host, Missed, Violation
-from fault_sweeps import REFUSED, STOPPED, WENT_ON, digest_of, fault
+from fault_sweeps import REFUSED, WENT_ON, Commanded, digest_of, fault
 from toy_engine import TOKEN
 
 from rlvr_landscape_plugin.serving.launch import LocalServer
@@ -54,7 +54,7 @@ def run_training(arguments: list[str], server: LocalServer) -> int:
 
 
 @dataclass
-class Training:
+class Training(Commanded):
     """One run directory from the first command to the last step."""
 
     output: Path
@@ -124,27 +124,7 @@ class Training:
             if not Path(name).exists() or digest_of(Path(name)) != state:
                 raise Violation(f"{name} vanished or was changed")
 
-    def ended(self, *codes: int) -> str:
-        """Take the end of the command in; `codes` are those that the fault itself explains."""
-        assert self.process is not None
-        _, self.errors = self.process.communicate()
-        code, self.process = self.process.returncode, None
-        with self.log.open("a") as sink:
-            sink.write(f"--- {self.output.name} ended with {code}\n{self.errors}\n")
-        self.check()
-        if "Traceback" in self.errors:
-            raise Violation(f"a traceback:\n{self.errors}")
-        if code == 0:
-            self.done = True
-            self.compare()
-            return WENT_ON
-        if code in codes:
-            return STOPPED
-        if code == 2 and sum(line.startswith("error: ") for line in self.errors.splitlines()) == 1:
-            return REFUSED
-        raise Violation(f"ended with {code}:\n{self.errors}")
-
-    def compare(self) -> None:
+    def check_whole(self) -> None:
         """Every step once, every snapshot whole, and the weights of the undisturbed run."""
         lines = [json.loads(text) for text in (self.output / "metrics.jsonl").read_text().splitlines()]
         if (steps := [line["step"] for line in lines]) != list(range(1, STEPS + 1)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import xarray as xr
 from conftest import POLICY
 from reference import logprobs, perturbed
+from script_module import script
 from toy_run import make_toy_adapters
 
 from rlvr_landscape_plugin.config import SweepConfig
@@ -79,9 +79,7 @@ def write_census(folder: Path, policy: Path) -> Path:
 @pytest.fixture
 def check(monkeypatch, tmp_path):
     """Runs the script on a census and a snapshot: its exit code and what it wrote."""
-    found = importlib.util.spec_from_file_location("check_kl", ROOT / "scripts" / "check_kl.py")
-    command = importlib.util.module_from_spec(found)
-    found.loader.exec_module(command)
+    command = script("check_kl")
 
     def run(census: Path, snapshot: Path) -> tuple[int, dict]:
         target = tmp_path / "check.json"

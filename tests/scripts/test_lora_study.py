@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rlvr_landscape_analysis import synthetic_designs
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth
+from script_module import script
 
 ROOT = Path(__file__).parents[2]
-
-
-def script(name):
-    """scripts/NAME.py as a module."""
-    found = importlib.util.spec_from_file_location(f"{name}_command", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("size", ["FULL", "SHORT"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import xarray as xr
 from rlvr_landscape_analysis import synthetic_designs
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
 from scipy import stats
+from script_module import script
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -22,11 +21,7 @@ GAINS = {"grpo-0": 0.18, "grpo-1": 0.15, "random-0": 0.0, "grpo_n-0": 0.1}
 @pytest.fixture(scope="module")
 def page_command():
     """scripts/study_page.py as a module."""
-    found = importlib.util.spec_from_file_location("study_page", ROOT / "scripts" / "study_page.py")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    return module
+    return script("study_page")
 
 
 def save(data, path, **attributes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from script_module import script
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,11 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def study():
     """scripts/study.py as a module."""
-    found = importlib.util.spec_from_file_location("study_command", ROOT / "scripts" / "study.py")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    return module
+    return script("study")
 
 
 class Machine:

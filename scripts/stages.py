@@ -12,10 +12,13 @@ import fcntl
 import fnmatch
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +30,20 @@ from rlvr_landscape_plugin.files import digest, replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "record.json"
-Run = Callable[[Sequence[str]], int]
-"""Runs a command and returns its exit code."""
+LOGS = "logs"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a stage has of the machine while others run beside it."""
+
+    cores: tuple[int, ...]
+    log: Path
+    """Takes what its commands print."""
+
+
+Run = Callable[[Sequence[str], Share | None], int]
+"""Runs a command, which has the whole machine without a share, and returns its exit code."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ class Study:
     def __init__(self, stages: Sequence[Stage], out: Path, run: Run) -> None:
         """`run` runs a command of a stage and returns its exit code."""
         self.stages, self.out, self._run = list(stages), out, run
-        self._file = out / RECORD
+        self._file, self._writing = out / RECORD, threading.Lock()
         self.record: dict[str, Any] = {"stages": {}}
         if self._file.is_file():
             try:
@@ -159,36 +174,75 @@ class Study:
             lines.append(f"{stage.name:<20} {state:<15} {stage.what}")
         return "\n".join([*lines, f"{len(chosen)} stages; the rest takes about {left / 60:.1f} h on two cores"])
 
-    def run(self, chosen: Sequence[Stage], minutes: float | None, say: Callable[[str], None]) -> int:
+    def run(self, chosen: Sequence[Stage], minutes: float | None, say: Callable[[str], None], jobs: int = 1) -> int:
         """Run what is not done; 0 if nothing failed. A stage that fails leaves those that do not need it.
 
         `minutes`: no stage is begun whose estimate goes beyond so many minutes from now (the page is always made).
+        `jobs`: stages at the same time, each with its part of the cores. Raises `StudyError` for more than cores.
         """
-        started, failed, later = time.monotonic(), [], []
+        free, failed, later = self._shares(jobs), [], []
+        started = time.monotonic()
         by_name = {stage.name: stage for stage in self.stages}
-        for number, stage in enumerate(chosen, 1):
-            at = f"[{number}/{len(chosen)}] {stage.name}"
+        at = {stage.name: f"[{i}/{len(chosen)}] {stage.name}" for i, stage in enumerate(chosen, 1)}
+        waiting = list(chosen)
+        running: dict[Future[bool], tuple[Stage, tuple[int, ...]]] = {}
+
+        def begin(stage: Stage, pool: ThreadPoolExecutor) -> bool:
+            """Begin a stage, or tell why not; False where it has to wait for others."""
             if self.done(stage):
-                say(f"{at}: is done")
-                continue
+                say(f"{at[stage.name]}: is done")
+                return True
+            ahead = {one.name for one in waiting} | {one.name for one, _ in running.values()}
             waits = [name for name in stage.needs if not self.done(by_name[name])]
+            if ahead & set(waits) or (stage.always and (running or waiting[0] is not stage)):
+                return False
             if waits:
-                say(f"{at}: needs {', '.join(waits)} first")
+                say(f"{at[stage.name]}: needs {', '.join(waits)} first")
                 (later if set(waits) <= set(later) else failed).append(stage.name)
-                continue
+                return True
             spent = (time.monotonic() - started) / 60
             if minutes is not None and not stage.always and spent + stage.minutes > minutes:
-                say(f"{at}: about {stage.minutes:.0f} min, more than is left of {minutes:g}; left for another time")
+                words = f"about {stage.minutes:.0f} min, more than is left of {minutes:g}; left for another time"
+                say(f"{at[stage.name]}: {words}")
                 later.append(stage.name)
-                continue
-            say(f"{at}: {stage.what}; about {stage.minutes:.0f} min")
-            if not self._attempt(stage, say, at):
-                failed.append(stage.name)
+                return True
+            if not free:
+                return False
+            cores = free.pop(0)
+            share = None if jobs == 1 else Share(cores, self.out / LOGS / f"{stage.name}.log")
+            where = f"; log: {share.log}" if share else ""
+            say(f"{at[stage.name]}: {stage.what}; about {stage.minutes:.0f} min{where}")
+            running[pool.submit(self._attempt, stage, say, at[stage.name], share)] = (stage, cores)
+            return True
+
+        with ThreadPoolExecutor(jobs, "stage") as pool:
+            try:
+                while waiting or running:
+                    for stage in list(waiting):
+                        if begin(stage, pool):
+                            waiting.remove(stage)
+                    if running:
+                        for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                            stage, cores = running.pop(ended)
+                            free.append(cores)
+                            if not ended.result():
+                                failed.append(stage.name)
+            except BaseException:
+                _interrupt_commands()
+                raise
         if failed:
             say(f"not done: {', '.join(failed)}; the same command tries again")
         return 1 if failed else 0
 
-    def _attempt(self, stage: Stage, say: Callable[[str], None], at: str) -> bool:
+    @staticmethod
+    def _shares(jobs: int) -> list[tuple[int, ...]]:
+        """The cores of each of `jobs` stages."""
+        cores = sorted(os.sched_getaffinity(0))
+        if not 1 <= jobs <= len(cores):
+            raise StudyError(f"--jobs {jobs}: at most one stage per core, and there are {len(cores)} cores here")
+        return [tuple(cores[i * len(cores) // jobs : (i + 1) * len(cores) // jobs]) for i in range(jobs)]
+
+    def _attempt(self, stage: Stage, say: Callable[[str], None], at: str, share: Share | None) -> bool:
         entry = {"what": stage.what, "settings": stage.settings, "done": False, "seconds": 0.0, "attempts": 0}
         before = self.record["stages"].get(stage.name)
         if before is not None and before["settings"] == stage.settings and not before["done"]:
@@ -200,13 +254,14 @@ class Study:
             "commands": [" ".join(("python", *command)) for command in stage.commands],
             "seeds": list(stage.seeds),
             "cores": len(os.sched_getaffinity(0)),
+            "beside_others": share is not None,
             "commit": _commit(),
         }
         spent = entry["seconds"]
         # A kill leaves no time to say that it was begun.
         self._keep(stage.name, entry)
         try:
-            code = next((code for command in stage.commands if (code := self._run(command))), 0)
+            code = next((code for command in stage.commands if (code := self._run(command, share))), 0)
         finally:
             entry["seconds"] = round(spent + time.monotonic() - begun, 1)
             self._keep(stage.name, entry)
@@ -215,13 +270,16 @@ class Study:
             why = f"exit code {code}" if code else f"{absent[0]} is missing"
             say(f"{at}: failed after {entry['seconds']:.0f} s ({why})")
             return False
-        self._keep(stage.name, entry | {"done": True, "rollouts": rollouts_of(stage)})
+        with self._writing:  # netCDF4 reads one file at a time
+            rollouts = rollouts_of(stage)
+        self._keep(stage.name, entry | {"done": True, "rollouts": rollouts})
         say(f"{at}: done in {entry['seconds']:.0f} s")
         return True
 
     def _keep(self, name: str, entry: dict[str, Any]) -> None:
-        self.record["stages"][name] = entry
-        replace_text(self._file, [json.dumps(self.record, indent=1) + "\n"])
+        with self._writing:
+            self.record["stages"][name] = entry
+            replace_text(self._file, [json.dumps(self.record, indent=1) + "\n"])
 
 
 def _commit() -> str:
@@ -241,9 +299,42 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def run_here(command: Sequence[str]) -> int:
-    """Run Python in the repository's root with these arguments."""
-    return subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+def run_here(command: Sequence[str], share: Share | None = None) -> int:
+    """Run Python in the repository's root with these arguments; with a share, on its cores and into its log.
+
+    Only vLLM's servers are bound to the cores: more or fewer threads in training would change the last bits of sums.
+    """
+    with contextlib.ExitStack() as stack:
+        env, sink = None, None
+        if share is not None:
+            env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, share.cores))}
+            share.log.parent.mkdir(parents=True, exist_ok=True)
+            sink = stack.enter_context(share.log.open("a"))
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=sink, stderr=sink)
+        _COMMANDS.add(process)
+        try:
+            return process.wait()
+        finally:
+            _COMMANDS.discard(process)
+
+
+_COMMANDS: set[subprocess.Popen[bytes]] = set()
+"""Those that run."""
+
+
+def _interrupt_commands(patience: float = 20.0) -> None:
+    """End the commands that run. Ctrl-C in a terminal has reached them too, so they get time to end by themselves.
+
+    A shell that starts a study in the background lets it ignore SIGINT, and so do its commands; hence SIGTERM.
+    """
+    running = list(_COMMANDS)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        deadline = time.monotonic() + patience
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
 
 
 def parser(description: str | None, output: str) -> argparse.ArgumentParser:
@@ -253,6 +344,9 @@ def parser(description: str | None, output: str) -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, metavar="DIR", help=f"default: {output}, --short: {output}_short")
     made.add_argument("--page", type=Path, metavar="DIR", help="where the page goes (default: OUTPUT/page)")
     made.add_argument("--minutes", type=float, metavar="M", help="begin no stage that goes beyond M minutes from now")
+    made.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="N stages at a time, each with its part of the cores"
+    )
     made.add_argument("--short", action="store_true", help="toy size, minutes instead of hours")
     made.add_argument("--list", action="store_true", help="only say what there is and what is done")
     return made
@@ -267,7 +361,7 @@ def carry_out(stages: Sequence[Stage], out: Path, given: argparse.Namespace, run
         if given.list:
             return 0
         with alone(out):
-            return study.run(chosen, given.minutes, lambda text: print(text, flush=True))
+            return study.run(chosen, given.minutes, lambda text: print(text, flush=True), given.jobs)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -417,9 +417,10 @@ def sizes(record: Mapping[str, Any]) -> dict[str, str]:
     rollouts = sum(entry.get("rollouts", 0) for entry in done)
     cores = ", ".join(map(str, sorted({entry["cores"] for entry in record.values()})))
     commits = ", ".join(sorted({entry["commit"] for entry in record.values()}))
-    return {
-        "sizes": f"{len(done)} stages, {rollouts:,} rollouts, {hours:.1f} hours on {cores} cores, commit {commits}."
-    }
+    text = f"{len(done)} stages, {rollouts:,} rollouts, {hours:.1f} hours on {cores} cores, commit {commits}."
+    if beside := sum(entry.get("beside_others", False) for entry in record.values()):
+        text += f" {beside} of the stages ran while others ran on the same cores, so their hours overlap."
+    return {"sizes": text}
 
 
 def _verdict_rows(claims: Mapping[str, Sequence[Claim]]) -> list[tuple[str, ...]]:

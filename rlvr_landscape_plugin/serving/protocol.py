@@ -21,6 +21,8 @@ ROOTS_VARIABLE = "RLVR_LANDSCAPE_ROOTS"
 """Environment variable of the server: directories it may read snapshots and directions from."""
 MOVE_PATH_VARIABLE = "RLVR_LANDSCAPE_MOVE_PATH"
 """Environment variable of the server: `kernel` (the default: wherever it passes its check) or `loader`; engine.py."""
+SPIN_VARIABLE = "RLVR_LANDSCAPE_SPIN"
+"""Environment variable of the server: 1 leaves vLLM's busy waiting on a CPU as it is; worker/waiting.py."""
 DIRECTIONS_MEMORY_VARIABLE = "RLVR_LANDSCAPE_DIRECTIONS_MEMORY"
 """Environment variable of the server: `auto` (the default), `float32`, `half` or `regenerated`; memory.py."""
 

@@ -32,7 +32,7 @@ class Machine:
         self.stages = {stage.name: stage for stage in study.all_stages(study.SHORT, out, out / "page")}
         self.ran = []
 
-    def __call__(self, command):
+    def __call__(self, command, share=None):
         (stage,) = [stage for stage in self.stages.values() if tuple(command) in stage.commands]
         self.ran.append(stage.name)
         for path in stage.outputs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ class Machine:
         self.stages = {stage.name: stage for stage in study.all_stages(study.SHORT, out, out / "page")}
         self.ran, self.breaks, self.leaves_out = [], set(), set()
 
-    def __call__(self, command):
+    def __call__(self, command, share=None):
         (stage,) = [stage for stage in self.stages.values() if tuple(command) in stage.commands]
         self.ran.append(stage.name)
         if stage.name in self.breaks:
@@ -187,6 +189,84 @@ def test_seconds_of_interrupted_attempts_add_up(study, run, machine, tmp_path, m
     second = recorded(tmp_path)["start"]
     assert (first["attempts"], second["attempts"]) == (1, 2)
     assert second["seconds"] > first["seconds"] > 0
+
+
+class TwoAtATime:
+    """Stands in for the commands: none ends before a second one has begun, until only one is left to run."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.lock, self.together, self.at_once, self.shares = threading.Lock(), 0, 0, {}
+
+    def __call__(self, command, share):
+        (stage,) = [stage for stage in self.machine.stages.values() if tuple(command) in stage.commands]
+        with self.lock:
+            self.together += 1
+            self.at_once = max(self.at_once, self.together)
+            self.shares[stage.name] = share
+        deadline = time.monotonic() + 0.2
+        while self.together < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with self.lock:
+            code = self.machine(command)
+            self.together -= 1
+        return code
+
+
+def test_stages_run_side_by_side_each_on_its_cores(study, machine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["stages"].os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    beside = TwoAtATime(machine)
+    assert study.main(["--short", "--output", str(tmp_path / "out"), "--jobs", "2"], run=beside) == 0
+    assert beside.at_once == 2
+    order = list(dict.fromkeys(machine.ran))
+    assert sorted(order) == sorted(machine.stages)
+    for name in order:
+        assert all(order.index(needed) < order.index(name) for needed in machine.stages[name].needs)
+    assert order[-1] == "page", "what it shows depends on all others"
+    assert {share.cores for share in beside.shares.values()} == {(0, 1), (2, 3)}
+    assert beside.shares["start"].log == tmp_path / "out" / "logs" / "start.log"
+    assert all(entry["beside_others"] for entry in recorded(tmp_path).values())
+    assert "start.log" in capsys.readouterr().out
+
+
+def test_a_stage_that_fails_beside_others_leaves_them(study, machine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["stages"].os, "sched_getaffinity", lambda _: {0, 1})
+    machine.breaks.add("train-grpo-0")
+    assert study.main(["--short", "--output", str(tmp_path / "out"), "--jobs", "2"], run=TwoAtATime(machine)) == 1
+    assert "census-grpo-0: needs train-grpo-0 first" in capsys.readouterr().out
+    assert {"census-random-0", "page"} <= set(machine.ran)
+
+
+@pytest.mark.parametrize("jobs", ["0", "3"])
+def test_more_stages_at_a_time_than_cores_are_refused(run, monkeypatch, jobs):
+    monkeypatch.setattr(sys.modules["stages"].os, "sched_getaffinity", lambda _: {0, 1})
+    code, said = run("--jobs", jobs)
+    assert code == 2
+    assert "at most one stage per core, and there are 2 cores here" in said
+
+
+def test_a_command_with_a_share_prints_into_its_log_and_binds_its_servers(study, tmp_path):
+    stages = sys.modules["stages"]
+    share = stages.Share((2, 3), tmp_path / "logs" / "start.log")
+    asks = "import os; print(os.environ['VLLM_CPU_OMP_THREADS_BIND'])"
+    assert stages.run_here(["-c", asks], share) == 0
+    assert stages.run_here(["-c", "raise SystemExit(3)"], share) == 3
+    assert share.log.read_text() == "2,3\n"
+
+
+def test_an_interruption_reaches_the_commands_that_run(study):
+    stages = sys.modules["stages"]
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(stages.run_here(["-c", "import time; time.sleep(60)"])))
+    thread.start()
+    while not stages._COMMANDS:
+        time.sleep(0.01)
+    time.sleep(0.5)  # until Python can be interrupted
+    stages._interrupt_commands(patience=0.1)
+    thread.join(timeout=30)
+    (code,) = codes
+    assert code != 0
+    assert not stages._COMMANDS
 
 
 def test_the_full_study_fits_its_plan(study, tmp_path):

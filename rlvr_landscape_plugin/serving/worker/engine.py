@@ -40,7 +40,7 @@ from rlvr_landscape_plugin.directions import (
 )
 from rlvr_landscape_plugin.serving import access, versions
 from rlvr_landscape_plugin.serving.protocol import MOVE_PATH_VARIABLE
-from rlvr_landscape_plugin.serving.worker import memory
+from rlvr_landscape_plugin.serving.worker import memory, waiting
 from rlvr_landscape_plugin.serving.worker.ahead import DrawnAhead
 from rlvr_landscape_plugin.serving.worker.kernel_layout import (
     Layout,
@@ -78,6 +78,7 @@ def register() -> None:
     except versions.UnsupportedVllmError as error:
         logger.error("no weight engine %r in this server: %s", BACKEND, error)
         return
+    waiting.sleep_while_waiting()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     try:

@@ -17,6 +17,7 @@ from typing import Any
 
 import xarray as xr
 from rlvr_landscape_analysis import open_landscape
+from rlvr_landscape_analysis.designs import open_design
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.evidence import analyse_evidence, open_evidence
 from rlvr_landscape_analysis.figures import new_figure, panel_aspect, reward_landscape, save_figure
@@ -24,6 +25,8 @@ from rlvr_landscape_analysis.landscape import per_prompt
 from rlvr_landscape_analysis.report.files import write_whole
 from rlvr_landscape_analysis.results import Claim
 from rlvr_landscape_analysis.schema import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE
+from rlvr_landscape_analysis.statistics.boundary import boundary
+from rlvr_landscape_analysis.statistics.census import census
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 from rlvr_landscape_analysis.statistics.wording import number, sampled
 from rlvr_landscape_analysis.study import write_study
@@ -49,6 +52,8 @@ RUN = "grpo"
 DESIGNS = ("census_start", "census", "path", "boundary")
 """Directories of the run that hold censuses, paths and boundaries."""
 GRID, CHECK, WARM = "grid", "kl_check.json", "warm_start.json"
+TINY = "tiny"
+"""Directory of the small policy."""
 
 
 def read(out: Path) -> Data:
@@ -82,8 +87,9 @@ def keep(out: Path, target: Path) -> None:
         return
     files = [out / "record.json", out / "warm" / WARM, out / RUN / CHECK]
     files += [out / RUN / "run" / name for name in (RUN_FILE, METRICS_FILE, EVALUATIONS_FILE)]
+    files.append(out / TINY / "warm" / WARM)
     for name in (*DESIGNS, GRID):
-        files += sorted((out / RUN / name).glob("*_step*.nc"))
+        files += [file for run in (RUN, TINY) for file in sorted((out / run / name).glob("*_step*.nc"))]
     copy_files(files, out, target)
 
 
@@ -137,6 +143,42 @@ def draw_grid(files: Sequence[Path], folder: Path) -> list[tuple[str, str]]:
     return drawn
 
 
+def small_policy(out: Path, page: Path) -> dict[str, Any] | None:
+    """What was measured around the policy of tiny-sorter's size; None before slice, census and boundary are done."""
+    folder = out / TINY
+    grids = sorted((folder / GRID).glob("landscape_step*.nc"))
+    files = {name: sorted((folder / name).glob("*_step*.nc")) for name in ("census_start", "boundary")}
+    if not (grids and all(files.values())):
+        return None
+    around, solved = census(open_design(files["census_start"][0])), boundary(open_design(files["boundary"][0]))
+    rows = []
+    for at in range(around.sizes["radius"]):
+        here = around.isel(radius=at)
+        cells = [f"{float(here['relative']):.3g}", f"{float(here['kl']):.2g}"]
+        for name, digits in (("change", 3), ("correlation", 2), ("density", 2)):
+            one = here.sel(pair="kl_reward") if "pair" in here[name].dims else here
+            bounds = tuple(float(value) for value in one[f"{name}_interval"].values)
+            cells.append(number(float(one[name]), bounds, digits=digits))
+        rows.append(tuple(cells))
+    pass_at = [
+        (int(k), f"{float(value):.3f} [{float(low):.3f}, {float(high):.3f}]")
+        for k, value, (low, high) in zip(
+            solved["k"].values, solved["pass_at_k"].values, solved["pass_at_k_interval"].values, strict=True
+        )
+    ]
+    with xr.open_dataset(grids[0]) as found:
+        reach = float(abs(found["alpha"]).max())
+    return {
+        "warm": _json(folder / "warm" / WARM, ""),
+        "prompts": solved.attrs["prompts"],
+        "directions": around.attrs["directions"],
+        "pass_at": pass_at,
+        "reach": reach,
+        "rows": rows,
+        "grids": draw_grid(grids, page / TINY),
+    }
+
+
 def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> Path:
     """Write everything; returns the page. `expected`: names of all stages, to say which are missing."""
     data, settings = read(out), Bootstrap()
@@ -176,6 +218,7 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> Path:
             # Which tasks they are is the same in every row.
             boundaries=[(row[0], *row[2:]) for row in boundary_rows(data)],
             check=_json(out / RUN / CHECK, "") if (out / RUN / CHECK).is_file() else None,
+            tiny=small_policy(out, page),
             stages_table=stage_rows(data.record),
         )
     )

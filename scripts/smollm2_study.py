@@ -8,9 +8,10 @@
 
 A snapshot that `make smollm2` made may be copied to OUTPUT/smollm2 before; it is then checked instead of downloaded.
 
-SmolLM2-135M-Instruct gets a supervised warm start on worked solutions, then GRPO trains a LoRA adapter. A stage that
-was killed continues where it was; a stage whose outputs are whole is skipped. `record.json` in the output says when
-each stage ran and how long; the page reads it.
+SmolLM2-135M-Instruct gets a supervised warm start on worked solutions, then GRPO trains a LoRA adapter. Beside it, a
+policy of tiny-sorter's size learns easy problems of the same taskset. A stage that was killed continues where it was; a
+stage whose outputs are whole is skipped. `record.json` in the output says when each stage ran and how long; the page
+reads it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ from stages import ROOT, Run, Stage, carry_out, parser, run_here
 
 RUN = "grpo"
 """Directory of the training run, and its name on the page."""
+TINY = "tiny"
+"""Directory of what a policy of tiny-sorter's size has learned, and of what lies around it."""
+EASY = {"max_steps": 1, "operations": ["add", "subtract"], "largest": 9}
+"""Options of the problems that it learns."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Size:
     """Steps at which a stage of training ends."""
     around: tuple[int, ...]
     """Steps with a census, a path and a boundary, beside step 0, which has no path."""
+    tiny: tuple[str, ...]
+    """Options of the small policy's warm start."""
     slowness: float = 1.0
     """Time that a stage takes, in parts of its estimate at full size."""
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -67,10 +74,11 @@ class Size:
 
 FULL = Size(
     model=None,
-    warm=("--steps", "60", "--taskset", '{"max_steps": 2}'),
+    warm=("--steps", "24", "--taskset", '{"max_steps": 2}'),
     snapshots="0-2, 5, 10, 20, 40",
     chunks=(5, 10, 20, 30, 40),
     around=(10, 40),
+    tiny=("--steps", "500", "--batch", "64", "--lr", "2e-3"),
 )
 _FEW = ("--env.num_prompts", "8")
 SHORT = Size(
@@ -79,6 +87,7 @@ SHORT = Size(
     snapshots="0-2",
     chunks=(1, 2),
     around=(2,),
+    tiny=("--steps", "4", "--batch", "4"),
     slowness=0.05,
     options={
         "train": (
@@ -114,6 +123,7 @@ def all_stages(size: Size, out: Path, page: Path) -> list[Stage]:
         found.append(made.measured(f"path-{step}", step, ("path", "boundary"), 16))
     found.append(made.measured("grid", size.last, ("grid",), 17))
     found.append(made.check(size.last))
+    found += made.small_policy()
     command = ("scripts/smollm2_page.py", str(out), "--page", str(page), "--expected", *(one.name for one in found))
     what = f"tables and figures of all that is done, into {page}"
     return [*found, Stage("page", what, 3 * size.slowness, (command,), (page / "README.md",), always=True)]
@@ -142,7 +152,7 @@ class _Stages:
             model, needs = self.size.model, ()
         command = ("scripts/warm_start.py", "--model", model, "--out", str(warm), *self.size.warm)
         what = "supervised warm start on worked solutions"
-        minutes = 15 * self.size.slowness
+        minutes = 10 * self.size.slowness
         stages.append(Stage("warm", what, minutes, (command,), (warm / "warm_start.json",), needs, seeds=(0,)))
         return stages
 
@@ -182,6 +192,30 @@ class _Stages:
         return Stage(
             name, what, minutes * self.size.slowness, tuple(commands), tuple(outputs), (f"train-{reached}",), (0,)
         )
+
+    def small_policy(self) -> list[Stage]:
+        """A policy of tiny-sorter's size: its warm start on easy problems, and a slice, a census and a boundary."""
+        warm, taskset = self.out / TINY / "warm", json.dumps(EASY)
+        command = ("scripts/warm_start.py", "--model", "tiny-sorter", "--out", str(warm), "--taskset", taskset)
+        what = "supervised warm start of a policy of tiny-sorter's size on easy problems"
+        minutes, outputs = 9 * self.size.slowness, (warm / "warm_start.json",)
+        stages = [Stage("tiny-warm", what, minutes, ((*command, *self.size.tiny),), outputs, seeds=(0,))]
+        commands, found = [], []
+        for configuration in ("grid", "census_start", "boundary"):
+            target = self.out / TINY / configuration
+            files = ("@", "configs/smollm2/tasks.toml", "@", f"configs/smollm2/{configuration}.toml")
+            command = ("-m", "rlvr_landscape_plugin.sweep", *files, "--output", str(target))
+            command += ("--snapshots", json.dumps([str(warm)]))
+            for key, value in EASY.items():
+                command += (f"--env.taskset.{key}", json.dumps(value))
+            commands.append((*command, *self.size.options.get(configuration, ())))
+            design = configuration.partition("_")[0]
+            found.append(target / (landscape_file(0, 0) if design == "grid" else design_file(0, design)))
+        what = "a slice whose range is found, a census and a boundary of the small policy"
+        stages.append(
+            Stage("tiny-around", what, 8 * self.size.slowness, tuple(commands), tuple(found), ("tiny-warm",), (0,))
+        )
+        return stages
 
     def check(self, step: int) -> Stage:
         """The KL of two points of the census once more, by transformers alone."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from rlvr_landscape_analysis import synthetic_designs
+from rlvr_landscape_analysis import synthetic, synthetic_designs
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
 from script_module import script
 
@@ -131,9 +131,19 @@ def out(tmp_path_factory):
     for name, data in made.items():
         (root / "grpo" / name).parent.mkdir(exist_ok=True)
         data.to_netcdf(root / "grpo" / name)
-    (root / "warm").mkdir()
     warm = {"settings": {"steps": 60, "batch": 16}, "loss": 0.25, "seconds": 300}
-    (root / "warm" / "warm_start.json").write_text(json.dumps(warm))
+    small = {"settings": {"steps": 500, "batch": 64, "taskset": {"max_steps": 1}}, "loss": 0.1, "seconds": 240}
+    for folder, found in ((root / "warm", warm), (root / "tiny" / "warm", small)):
+        folder.mkdir(parents=True)
+        (folder / "warm_start.json").write_text(json.dumps(found))
+    tiny = {
+        "grid/landscape_step000000_slice0.nc": synthetic.landscape("mixed", points=5, prompts=32, seed=0),
+        "census_start/census_step000000.nc": made["census_start/census_step000000.nc"],
+        "boundary/boundary_step000000.nc": synthetic_designs.boundary(np.full(64, 0.25), rollouts=32, step=0),
+    }
+    for name, data in tiny.items():
+        (root / "tiny" / name).parent.mkdir(exist_ok=True)
+        data.to_netcdf(root / "tiny" / name)
     point = {"relative_radius": 0.01, "completions": 16, "tokens": 300, "difference": 2e-6}
     checked = {"tolerance": 1e-3, "points": [point | {"sweep": 0.5, "transformers": 0.500002}]}
     (root / "grpo" / "kl_check.json").write_text(json.dumps(checked))
@@ -166,6 +176,10 @@ def test_the_page_says_what_was_measured_and_can_be_made_from_its_own_data(page_
     assert "| 0.01 | 16 | 0.500000 | 0.500002 | 2.0e-06 |" in text
     assert (page / "grpo" / "figures" / "grpo_frontier_step000040.png").is_file()
     assert "No 2-D slice has been measured yet." in text
+    assert "500 steps of 64 worked solutions of easy problems" in text
+    boundary = xr.load_dataset(out / "tiny" / "boundary" / "boundary_step000000.nc")
+    assert f"| 1 | {float((boundary['base_reward'] >= 0.99).mean()):.3f} [" in text
+    assert (page / "tiny" / "landscape_step000000_slice0.png").is_file()
     assert page_command.main([str(page / "data"), "--page", str(tmp_path / "again")]) == 0
     again = (tmp_path / "again" / "README.md").read_text()
     assert again.split("## Training")[1] == text.split("## Training")[1]
@@ -178,5 +192,11 @@ def test_an_empty_study_has_a_page_that_says_so(page_command, tmp_path, capsys):
     (tmp_path / "record.json").write_text('{"stages": {}}')
     assert page_command.main([str(tmp_path), "--page", str(tmp_path / "page"), "--expected", "warm"]) == 0
     text = (tmp_path / "page" / "README.md").read_text()
-    for words in ("**Not measured yet:** warm.", "There is no warm start yet.", "No step of GRPO", "Not compared yet."):
+    for words in (
+        "**Not measured yet:** warm.",
+        "There is no warm start yet.",
+        "No step of GRPO",
+        "Not compared yet.",
+        "Not measured yet.",
+    ):
         assert words in text

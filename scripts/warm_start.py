@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -109,6 +110,8 @@ def main() -> None:
     from rlvr_landscape_plugin.files import publish_directory
     from rlvr_landscape_plugin.snapshot import open_snapshot
 
+    # Threads that spin while they wait for each other slow down whatever else runs; OpenMP reads this when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     started = time.monotonic()
     try:
         start = open_snapshot(args.model)

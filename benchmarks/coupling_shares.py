@@ -228,6 +228,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     snapshot = open_snapshot(given.policy)
     model: Any = AutoModelForCausalLM.from_pretrained(str(snapshot.model), dtype=torch.float32)
     model.eval()
+    move(model, snapshot, 0, 0.0)  # of an adapter, transformers loaded the base model
     started = time.perf_counter()
     episodes = asyncio.run(checkpoint_episodes(given, snapshot, model))
     turns = [turn for episode in episodes for turn in episode.turns]
@@ -301,7 +302,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="tiny-sorter", help="a snapshot directory")
+    parser.add_argument("--policy", default="tiny-sorter", help="a snapshot directory, or an adapter's")
     parser.add_argument("--label", help="its name in tables; default: that of the directory")
     parser.add_argument("--taskset", default="rlvr-alphabet-sort")
     parser.add_argument("--options", type=json.loads, default=TASKSET, help="of the taskset, JSON")

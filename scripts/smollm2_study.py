@@ -74,7 +74,7 @@ class Size:
 
 FULL = Size(
     model=None,
-    warm=("--steps", "24", "--taskset", '{"max_steps": 2}'),
+    warm=("--steps", "14", "--taskset", '{"max_steps": 2}'),
     snapshots="0-2, 5, 10, 20, 40",
     chunks=(5, 10, 20, 30, 40),
     around=(10, 40),
@@ -152,7 +152,7 @@ class _Stages:
             model, needs = self.size.model, ()
         command = ("scripts/warm_start.py", "--model", model, "--out", str(warm), *self.size.warm)
         what = "supervised warm start on worked solutions"
-        minutes = 10 * self.size.slowness
+        minutes = 6 * self.size.slowness
         stages.append(Stage("warm", what, minutes, (command,), (warm / "warm_start.json",), needs, seeds=(0,)))
         return stages
 

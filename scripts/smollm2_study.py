@@ -42,7 +42,7 @@ RUN = "grpo"
 """Directory of the training run, and its name on the page."""
 TINY = "tiny"
 """Directory of what a policy of tiny-sorter's size has learned, and of what lies around it."""
-EASY = {"max_steps": 1, "operations": ["add", "subtract"], "largest": 9}
+EASY = {"min_steps": 1, "max_steps": 1, "operations": ["add", "subtract"], "largest": 9}
 """Options of the problems that it learns."""
 
 
@@ -74,7 +74,7 @@ class Size:
 
 FULL = Size(
     model=None,
-    warm=("--steps", "14", "--taskset", '{"max_steps": 2}'),
+    warm=("--steps", "20", "--taskset", '{"min_steps": 2, "max_steps": 2}'),
     snapshots="0-2, 5, 10, 20, 40",
     chunks=(5, 10, 20, 30, 40),
     around=(10, 40),
@@ -92,7 +92,8 @@ SHORT = Size(
     options={
         "train": (
             *("--snapshots", "0-2", "--monitor_rollouts", "4", "--lora.rank", "2"),
-            *("--env.tasks_per_batch", "4", "--env.rollouts", "2", "--env.taskset.max_steps", "1"),
+            *("--env.tasks_per_batch", "4", "--env.rollouts", "2"),
+            *("--env.taskset.min_steps", "1", "--env.taskset.max_steps", "1"),
             # A coin pays it: so small a policy is never right after so short a warm start, and nothing would move.
             *("--env.taskset.task.reward_mode", "random"),
             *("--evaluation.every", "1", "--evaluation.num_tasks", "4", "--evaluation.rollouts", "2"),
@@ -152,7 +153,7 @@ class _Stages:
             model, needs = self.size.model, ()
         command = ("scripts/warm_start.py", "--model", model, "--out", str(warm), *self.size.warm)
         what = "supervised warm start on worked solutions"
-        minutes = 6 * self.size.slowness
+        minutes = 8 * self.size.slowness
         stages.append(Stage("warm", what, minutes, (command,), (warm / "warm_start.json",), needs, seeds=(0,)))
         return stages
 
@@ -166,7 +167,7 @@ class _Stages:
         return Stage(
             f"train-{end}",
             f"train by GRPO to step {end}",
-            (1.2 * (end - begin) + 4) * self.size.slowness,
+            (1.5 * (end - begin) + 4) * self.size.slowness,
             ((*command, *self.size.options.get("train", ())),),
             tuple(outputs),
             needs=(f"train-{begin}",) if begin else ("warm",),

@@ -94,7 +94,8 @@ def test_problems_of_the_warm_start_of_training_and_of_measurements_differ(study
     seeds = [train["env"]["taskset"]["seed"], train["evaluation"]["taskset"]["seed"], tasks["env"]["taskset"]["seed"]]
     assert len({*seeds, script("warm_start").SEED}) == 4
     warm = json.loads(study.FULL.warm[study.FULL.warm.index("--taskset") + 1])
-    assert warm["max_steps"] == train["env"]["taskset"]["max_steps"] == tasks["env"]["taskset"]["max_steps"]
+    for key in ("min_steps", "max_steps"):
+        assert warm[key] == train["env"]["taskset"][key] == tasks["env"]["taskset"][key]
 
 
 @pytest.fixture(scope="module")

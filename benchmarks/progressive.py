@@ -26,7 +26,7 @@ from rlvr_landscape_analysis.statistics.resample import cells
 from coverage import true_values  # isort: skip
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = (*(ROOT / "tests/analysis/data" / name for name in ("laptop", "club")), ROOT / "results/laptop/datasets")
+DATA = tuple(ROOT / "tests/analysis/data" / name for name in ("laptop", "club", "long"))
 NEEDED = ["reward", "kl_k1"]
 WIDTHS = (0.4, 0.2, 0.1, 0.05)
 REPLAYED = {"correlation": (0.2, 0.1, 0.05, 0.03), "beyond_radius": (0.1, 0.05, 0.03)}

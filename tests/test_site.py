@@ -44,7 +44,7 @@ def test_every_page_of_the_documents_is_there_and_in_the_navigation(site):
 def test_links_to_files_outside_docs_lead_to_copies_of_them(site):
     assert "repository/CITATION.cff" in links_of(site / "index.html")
     assert (site / "repository" / "CITATION.cff").read_bytes() == (ROOT / "CITATION.cff").read_bytes()
-    assert (site / "repository" / "results" / "laptop" / "index.html").is_file()
+    assert (site / "repository" / "results" / "study" / "index.html").is_file()
     absent = [
         f"{page.relative_to(site)}: {link}"
         for page in site.rglob("*.html")

@@ -150,7 +150,7 @@ def test_an_untrained_policy_does_not_pass_t1():
         run = RunEvidence("untrained", {0: part(data, rest, 0), 10: part(data, chosen, 10)})
         claim = all_claims([run])[0]
         assert claim.directions == 4
-        assert "From step 0 at the same radii" in claim.sentence
+        assert "from step 0 at the same radii" in claim.sentence
         verdicts.append(claim.verdict)
     assert "supported" not in verdicts
 
@@ -161,5 +161,5 @@ def test_a_correlation_that_step_0_has_too_is_not_trainings_doing():
         data = data.load()
     run = RunEvidence("untrained", {0: part(data, range(8), 0), 10: part(data, range(8), 10)})
     claim = all_claims([run])[0]
-    assert "it differs by 0.00" in claim.sentence
+    assert "is 0.00 [" in claim.sentence
     assert claim.verdict != "supported"

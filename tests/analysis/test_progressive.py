@@ -32,9 +32,10 @@ from scipy.interpolate import CubicSpline
 
 HERE = Path(__file__).parent
 REAL = sorted((HERE / "data/laptop").glob("*.nc"))
-PUBLISHED = sorted((HERE.parent.parent / "results/laptop/datasets").glob("*.nc"))
+LONG = sorted((HERE / "data/long").glob("*.nc"))
+"""Around five snapshots of a run of 40 steps."""
 CLUB = sorted((HERE / "data/club").glob("*.nc"))
-"""Around three snapshots of the run in results/laptop, measured whole after a live progressive sweep."""
+"""Around three snapshots of the same run, measured whole after a live progressive sweep."""
 QUICK = Bootstrap(resamples=300)
 
 sides = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=12)
@@ -291,7 +292,7 @@ def test_the_end_is_told_in_words():
     assert told(np.nan, np.nan, reason="only 6 prompts") == "not reached: only 6 prompts"
 
 
-@pytest.mark.parametrize("path", REAL + PUBLISHED + CLUB, ids=lambda path: f"{path.parent.name} {path.stem[10:20]}")
+@pytest.mark.parametrize("path", REAL + LONG + CLUB, ids=lambda path: f"{path.parent.name} {path.stem[10:20]}")
 def test_real_snapshots_need_few_rollouts_and_their_full_value_is_covered(path):
     data = rla.per_prompt(rla.open_landscape(path)[["reward", "kl_k1"]]).load()
     most = {0.2: 0.33, 0.1: 0.5, 0.05: 1.0}

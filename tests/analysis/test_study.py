@@ -51,7 +51,7 @@ def test_a_study_of_two_runs_and_a_control(runs, tmp_path, capsys):
     assert "T3 supported" in printed
     page = (tmp_path / "out" / "claims.md").read_text()
     assert "2 runs, 96 random directions" in page
-    assert "Against random rewards" in page
+    assert "from runs on random rewards" in page
     assert "random (trained on random rewards)" in page
     import pandas as pd
 

@@ -158,8 +158,8 @@ def claim_t1(
         sentence += f" ({level.reason}.)"
     compared, margins = [], [(level.influence, abs(level.value + NEGLIGIBLE))]
     for what, other, base in (
-        ("From step 0 at the same radii", *against_start(used, chosen, settings.level)),
-        ("Against random rewards", level, of_controls(controls, settings.level)),
+        ("step 0 at the same radii", *against_start(used, chosen, settings.level)),
+        ("runs on random rewards", level, of_controls(controls, settings.level)),
     ):
         if base is None or other is None:
             continue
@@ -168,7 +168,7 @@ def claim_t1(
         influence = difference(other.influence, base.influence)
         margins.append((influence, abs(value + NEGLIGIBLE)))
         sentence += (
-            f" {what}, where it is {number(base.value, base.interval, settings)}, it differs by "
+            f" Its difference from {what}, where it is {number(base.value, base.interval, settings)}, is "
             f"{number(value, interval, settings)}."
         )
     if compared:
@@ -253,7 +253,7 @@ def claim_t2(
     sentence = (
         f"At the same relative radii ({span(radii)} of ‖θ‖) the correlation of KL and reward over directions is "
         f"{number(start.value, start.interval, settings)} at step 0 and "
-        f"{number(early_.value, early_.interval, settings)} at step {last_early}: a change of "
+        f"{number(early_.value, early_.interval, settings)} at step {last_early}; the change is "
         f"{number(change, interval, settings)}."
     )
     if rest:

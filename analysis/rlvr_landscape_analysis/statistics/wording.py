@@ -85,7 +85,9 @@ def sampled(claim: Claim) -> str:
 
 
 def number(value: float, interval: tuple[float, ...], settings: Bootstrap | None = None, *, digits: int = 2) -> str:
-    """`−0.81 [−0.87, −0.59]`, with the level when it is not 95 %."""
+    """`−0.81 [−0.87, −0.59]`, with the level when it is not 95 %; `unknown` for a number that is not defined."""
+    if not np.isfinite(value):
+        return "unknown"
     level = f" ({settings.level:.0%})" if settings is not None and settings.level != 0.95 else ""
     low, high = (signed(bound, digits) for bound in interval)
     return f"{signed(value, digits)} [{low}, {high}]{level}"

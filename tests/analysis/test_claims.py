@@ -221,6 +221,13 @@ def test_t3_needs_room_in_which_exploration_could_show():
     assert easy.verdict == NOT_MEASURABLE
     assert "pass@16 is 0.99" in easy.sentence
     assert "harder tasks or a higher pass threshold" in easy.sentence
+    # Room for 0.4 times the gain, but not for a rise that could be told from it.
+    start, later = np.repeat([0.3, 0.3, 0.0], [28, 28, 8]), np.repeat([0.9, 0.3, 0.0], [28, 28, 8])
+    assert 0 < 1 - 0.875 * (1 - 0.7**16) - 0.4 * np.mean(later - start) < 0.03
+    close = claim_t3([boundaries(start, later)], QUICK)
+    assert close.verdict == NOT_MEASURABLE, close.sentence
+    assert "could be told from 0.4 times the gain" in close.sentence
+    start = np.repeat([0.3, 0.04], 60)
     harder = [boundaries(np.full(60, 0.3), np.full(60, 0.7)), boundaries(start, np.repeat([0.3, 0.6], 60))]
     assert claim_t3(harder[1:], QUICK).verdict == NOT_SUPPORTED
 

@@ -38,6 +38,7 @@ from rlvr_landscape_analysis.statistics.comparable import (
     too_few,
 )
 from rlvr_landscape_analysis.statistics.estimates import (
+    Estimate,
     combination,
     difference,
     largest,
@@ -46,7 +47,8 @@ from rlvr_landscape_analysis.statistics.estimates import (
     over,
 )
 from rlvr_landscape_analysis.statistics.resample import MIN_PROMPTS, Bootstrap
-from rlvr_landscape_analysis.statistics.wording import frontier_words, number, published_words, span
+from rlvr_landscape_analysis.statistics.two_way import TwoWay
+from rlvr_landscape_analysis.statistics.wording import correlation, frontier_words, number, published_words, span
 
 NEGLIGIBLE = 0.1
 """An effect smaller than this (a correlation, or a share of exploitation) does not count; fixed here, before any
@@ -73,8 +75,9 @@ RULES = {
     ),
     "T3": (
         f"With X = 1 − Δpass@k / Δpass@1 at the largest k = 2^i of at least {CONTRAST_K} that was measured and at "
-        f"which pass@k of the first step leaves room for a rise by {EVEN - NEGLIGIBLE:g} Δpass@1 (where there is none, "
-        "no training could refute the claim, and it is not measurable): supported when pass@1 rose (interval above 0) "
+        f"which pass@k of the first step leaves room for a rise whose interval would lie above {EVEN - NEGLIGIBLE:g} "
+        "Δpass@1 (where there is none, no training could refute the claim, and it is not measurable): supported when "
+        "pass@1 rose (interval above 0) "
         f"and X lies above {EVEN + NEGLIGIBLE:g} (the interval of Δpass@k − {EVEN - NEGLIGIBLE:g} Δpass@1 below 0); "
         "not supported when that interval lies above 0."
     ),
@@ -152,7 +155,7 @@ def claim_t1(
     verdicts = [decide(level.interval)]
     sentence = (
         f"At radii up to {REACH:g} displacements, the correlation of KL and reward over random directions is "
-        f"{number(level.value, level.interval, settings)}."
+        f"{correlation(level.value, level.interval, settings)}."
     )
     if level.reason:
         sentence += f" ({level.reason}.)"
@@ -168,8 +171,8 @@ def claim_t1(
         influence = difference(other.influence, base.influence)
         margins.append((influence, abs(value + NEGLIGIBLE)))
         sentence += (
-            f" Its difference from {what}, where it is {number(base.value, base.interval, settings)}, is "
-            f"{number(value, interval, settings)}."
+            f" Its difference from {what}, where it is {correlation(base.value, base.interval, settings)}, is "
+            f"{correlation(value, interval, settings, terms=2)}."
         )
     if compared:
         verdicts.append(together(compared))
@@ -252,9 +255,9 @@ def claim_t2(
     last_early = max(groups[1][0] for _, groups in usable)
     sentence = (
         f"At the same relative radii ({span(radii)} of ‖θ‖) the correlation of KL and reward over directions is "
-        f"{number(start.value, start.interval, settings)} at step 0 and "
-        f"{number(early_.value, early_.interval, settings)} at step {last_early}; the change is "
-        f"{number(change, interval, settings)}."
+        f"{correlation(start.value, start.interval, settings)} at step 0 and "
+        f"{correlation(early_.value, early_.interval, settings)} at step {last_early}; the change is "
+        f"{correlation(change, interval, settings, terms=2)}."
     )
     if rest:
         lead, lead_interval = combination([early_, start, rest[0]], [2.0, -1.0, -1.0])
@@ -265,8 +268,8 @@ def claim_t2(
         else:
             margins.append((None, np.nan))
         sentence += (
-            f" After step {EARLY} it is {number(rest[0].value, rest[0].interval, settings)}; the early change minus "
-            f"the later one is {number(lead, lead_interval, settings)}."
+            f" After step {EARLY} it is {correlation(rest[0].value, rest[0].interval, settings)}; the early change "
+            f"minus the later one is {correlation(lead, lead_interval, settings, terms=4)}."
         )
     else:
         sentence += f" Nothing was measured after step {EARLY}, so the early change has no later one beside it."
@@ -309,15 +312,12 @@ def claim_t3(
             "T3", f"pass@k is needed at k = {CONTRAST_K} or more and {rollouts} rollouts per task were made", measured
         )
     pairs = [(run, min(run.boundaries), max(run.boundaries)) for run in measured]
-    k = _open_k(pairs, 1 << (rollouts.bit_length() - 1), threshold)
-    changes = [contrast(run.boundaries[a], run.boundaries[b], k, threshold=threshold) for run, a, b in pairs]
+    k = _open_k(pairs, 1 << (rollouts.bit_length() - 1), threshold, settings.level)
+    changes = _changes(pairs, k, threshold)
     prompts = min(len(own) for change in changes for own in change.prompts.values())
     if prompts < MIN_PROMPTS:
         return _not_measurable("T3", f"only {prompts} tasks have {k} valid rollouts", measured)
-    gain, cover, edge = (
-        over([change.linear(np.array(weights)) for change in changes], settings.level)
-        for weights in ((1.0, 0.0), (0.0, 1.0), (-(EVEN - NEGLIGIBLE), 1.0))
-    )
+    gain, cover, edge = _effects(changes, settings.level)
     rises = decide((-gain.interval[1], -gain.interval[0]), 0.0)
     verdict = decide(edge.interval, 0.0)
     if rises == NOT_SUPPORTED:
@@ -328,11 +328,11 @@ def claim_t3(
             measured,
         )
     room = _room(pairs, k, threshold)
-    if rises == SUPPORTED and room <= (EVEN - NEGLIGIBLE) * gain.value:
+    if rises == SUPPORTED and room <= _least_rise(gain, edge):
         return _not_measurable(
             "T3",
-            f"pass@{k} is {1 - room:.3f} at the first step already and can rise by {room:.3f} at most, which is no "
-            f"more than {EVEN - NEGLIGIBLE:g} times the gain in pass@1, "
+            f"pass@{k} is {1 - room:.3f} at the first step already and can rise by {room:.3f} at most, and only a rise "
+            f"beyond {_least_rise(gain, edge):.3f} could be told from {EVEN - NEGLIGIBLE:g} times the gain in pass@1, "
             f"{number(gain.value, gain.interval, settings, digits=3)}: no training could show exploration here; take "
             f"harder tasks or a higher pass threshold.{frontier}",
             measured,
@@ -381,12 +381,32 @@ def _room(pairs: Sequence[_Pair], k: int, threshold: float | None) -> float:
     return 1 - float(np.mean([np.nanmean(pass_at_k_values(solved, valid, k)) for solved, valid in counts]))
 
 
-def _open_k(pairs: Sequence[_Pair], largest: int, threshold: float | None) -> int:
+def _changes(pairs: Sequence[_Pair], k: int, threshold: float | None) -> list[TwoWay]:
+    """Δpass@1 and Δpass@k of each run."""
+    return [contrast(run.boundaries[a], run.boundaries[b], k, threshold=threshold) for run, a, b in pairs]
+
+
+def _effects(changes: Sequence[TwoWay], level: float) -> tuple[Estimate, Estimate, Estimate]:
+    """Δpass@1, Δpass@k, and Δpass@k − 0.4 Δpass@1, which decides: means over runs."""
+    gain, cover, edge = (
+        over([change.linear(np.array(weights)) for change in changes], level)
+        for weights in ((1.0, 0.0), (0.0, 1.0), (-(EVEN - NEGLIGIBLE), 1.0))
+    )
+    return gain, cover, edge
+
+
+def _least_rise(gain: Estimate, edge: Estimate) -> float:
+    """How far pass@k must rise until the interval of Δpass@k − 0.4 Δpass@1, as wide as it is, lies above 0."""
+    return (EVEN - NEGLIGIBLE) * gain.value + (edge.interval[1] - edge.interval[0]) / 2
+
+
+def _open_k(pairs: Sequence[_Pair], largest: int, threshold: float | None, level: float) -> int:
     """The largest k = 2^i up to `largest` at which exploration could show; `CONTRAST_K` where there is none."""
-    change = [contrast(run.boundaries[a], run.boundaries[b], CONTRAST_K, threshold=threshold) for run, a, b in pairs]
-    gain = float(np.mean([one.value[0] for one in change]))
     k = largest
-    while k > CONTRAST_K and _room(pairs, k, threshold) <= (EVEN - NEGLIGIBLE) * gain:
+    while k > CONTRAST_K:
+        gain, _, edge = _effects(_changes(pairs, k, threshold), level)
+        if _room(pairs, k, threshold) > _least_rise(gain, edge):
+            break
         k //= 2
     return k
 

@@ -93,6 +93,15 @@ def number(value: float, interval: tuple[float, ...], settings: Bootstrap | None
     return f"{signed(value, digits)} [{low}, {high}]{level}"
 
 
+def correlation(
+    value: float, interval: tuple[float, float], settings: Bootstrap | None = None, *, terms: float = 1
+) -> str:
+    """`number` of a correlation, or of a sum of so many; `unknown` where the interval holds every possible value."""
+    if interval[0] <= -terms and interval[1] >= terms:
+        return "unknown"
+    return number(value, interval, settings)
+
+
 def signed(value: float, digits: int = 2) -> str:
     """With a sign, which zero lacks after rounding."""
     if not np.isfinite(value):

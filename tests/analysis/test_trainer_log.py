@@ -78,6 +78,22 @@ def test_the_figure_shows_every_run_and_the_table_every_look(tmp_path, capsys):
     assert [text.get_text() for text in drawn["legend"].get_texts()] == ["grpo", "grpo_n"]
 
 
+def test_seeds_of_one_kind_share_a_style_and_many_runs_leave_the_panels_their_width(tmp_path):
+    names = [f"{kind}-{seed}" for kind in ("grpo", "random", "grpo_n") for seed in range(3)]
+    rng = np.random.default_rng(5)
+    for name in names:
+        write_run(tmp_path / name, rng)
+    drawn = compare_runs({name: open_training(tmp_path / name) for name in names})
+    assert [text.get_text() for text in drawn["legend"].get_texts()] == [
+        f"{kind} (3 runs)" for kind in ("grpo", "random", "grpo_n")
+    ]
+    colours = [drawn[name]["entropy"].get_color() for name in names]
+    assert [len(set(colours[i : i + 3])) for i in (0, 3, 6)] == [1, 1, 1]
+    assert len(set(colours)) == 3
+    drawn["figure"].draw_without_rendering()
+    assert all(ax.get_position().width > 0.35 for ax in drawn["axes"])
+
+
 def test_a_line_cut_short_at_the_end_is_passed_over_elsewhere_it_is_named(tmp_path, capsys):
     write_run(tmp_path / "a", np.random.default_rng(4))
     file = tmp_path / "a" / "metrics.jsonl"

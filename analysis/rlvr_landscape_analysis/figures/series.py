@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlvr_landscape_analysis.figures.style import (
     NOTE_SIZE,
     PAGE_INCHES,
     SERIES,
+    SettledLayout,
     new_figure,
     new_panels,
     say_missing,
@@ -326,15 +328,26 @@ def compare_runs(runs: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     """Held-out reward of several training runs on the left, token entropy on the right (held-out and in training).
 
     `runs` are datasets of `open_training` by label. Bands are the paired interval of the gain over step 0, so runs that
-    start from one policy start from one point. A run that a control paid is named so in the legend. Returns one entry
-    per label with `reward` (artists of a series) and `entropy` (the held-out line), and `legend`, `figure`, `axes`.
+    start from one policy start from one point. Labels that differ in a number at their end (`grpo-0`, `grpo-1`) share a
+    style and an entry of the legend. A run that a control paid is named so there. Returns one entry per label with
+    `reward` (artists of a series) and `entropy` (the held-out line), and `legend`, `figure`, `axes`.
     """
     figure, axes = new_panels(1, 2, PAGE_INCHES, 2.4)
     reward_axes, entropy_axes = axes[0]
     out: dict[str, Any] = {"figure": figure, "axes": axes[0]}
-    for place, (label, run) in enumerate(runs.items()):
-        style = SERIES[place % len(SERIES)]
-        shown = label if paid_by(run.attrs) == VERIFIER else f"{label} ({paid_by(run.attrs)} reward)"
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for label, run in runs.items():
+        kinds.setdefault((_without_number(label), paid_by(run.attrs)), []).append(label)
+    for label, run in runs.items():
+        kind = (_without_number(label), paid_by(run.attrs))
+        style = SERIES[list(kinds).index(kind) % len(SERIES)]
+        alike = kinds[kind]
+        notes = [f"{len(alike)} runs"] if len(alike) > 1 else []
+        notes += [f"{kind[1]} reward"] if kind[1] != VERIFIER else []
+        name = kind[0] if len(alike) > 1 else label
+        shown = f"{name} ({', '.join(notes)})" if notes else name
+        if label != alike[0]:
+            shown = "_"  # matplotlib leaves it out of the legend
         first = float(run["held_out"][0])
         low, high = (first + run["gain_interval"].sel(bound=bound).values for bound in ("low", "high"))
         drawn = draw_series(reward_axes, run["look"].values, run["held_out"].values, low, high, style, shown)
@@ -353,5 +366,16 @@ def compare_runs(runs: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         f"{', '.join(map(str, sorted(tasks)))} held-out tasks; bands: {100 * max(confidence):g} % interval of the gain"
     )
     figure.supxlabel(f"{note}; thin lines: entropy of the training batches", fontsize=NOTE_SIZE)
-    out["legend"] = _legend(reward_axes, gaps=[], columns=4)
+    out["legend"] = _legend(reward_axes, gaps=[], columns=3)
+    # Its width must not be taken from the axes; its height still is.
+    out["legend"].set_in_layout(False)
+    layout = figure.get_layout_engine()
+    assert isinstance(layout, SettledLayout)
+    layout.set(rect=(0, 0, 1, 1 - 0.08 * math.ceil(len(kinds) / 3)))
     return out
+
+
+def _without_number(label: str) -> str:
+    """`grpo-0` → `grpo`; other labels as they are."""
+    stem, _, number = label.rpartition("-")
+    return stem if stem and number.isdigit() else label

@@ -27,10 +27,10 @@ def sleep_while_waiting() -> None:
         return
     from vllm.distributed.device_communicators import shm_broadcast
 
-    if not hasattr(shm_broadcast, "sched_yield"):
+    if "sched_yield" not in vars(shm_broadcast):
         logger.warning(
             "this vLLM has no sched_yield in distributed/device_communicators/shm_broadcast.py any more: its processes "
             "wait in their own way, which may keep a core busy"
         )
         return
-    shm_broadcast.sched_yield = functools.partial(time.sleep, PAUSE)
+    shm_broadcast.sched_yield = functools.partial(time.sleep, PAUSE)  # pyright: ignore[reportPrivateImportUsage]

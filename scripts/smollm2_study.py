@@ -167,7 +167,7 @@ class _Stages:
         return Stage(
             f"train-{end}",
             f"train by GRPO to step {end}",
-            (1.2 * (end - begin) + 4) * self.size.slowness,
+            (1.4 * (end - begin) + 4) * self.size.slowness,
             ((*command, *self.size.options.get("train", ())),),
             tuple(outputs),
             needs=(f"train-{begin}",) if begin else ("warm",),

@@ -193,6 +193,9 @@ class TrainConfig(StrictConfig):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Matrix products of the update's passes. `bfloat16` is faster on a CPU with AVX512-BF16 or AMX, and less exact.
     Weights, optimizer and what is measured stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep the activations of 64 episodes at a time only, and compute the others again in the backward pass: the memory
+    of an update does not grow with its batch, and its forward pass runs twice."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the trainer; default: torch's own choice."""
     server: ServerConfig = ServerConfig()
@@ -275,7 +278,8 @@ class TrainConfig(StrictConfig):
     def provenance(self) -> JsonObject:
         """What determines the run, JSON-able; what only concerns speed is left out, `steps` too without a decay."""
         data = self.model_dump(
-            mode="json", exclude={"output", "steps", "threads", "log", "log_project", "dry_run", "server"}
+            mode="json",
+            exclude={"output", "steps", "threads", "gradient_checkpointing", "log", "log_project", "dry_run", "server"},
         )
         del data["env"]["max_concurrent"]
         if data["env"]["runtime"] is None:

@@ -23,18 +23,27 @@ def mean_kl(samplers: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) ->
     return float(sums[mask.any(dim=1)].mean())
 
 
-def log_probability(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probability(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], *, recompute: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """log π and, without gradient, the full distribution's entropy of every sampled token, (sequence, token), nat.
 
     0 outside the mask. Three things make this fast on a CPU, where TRL's own pass over all completion tokens is made
     for large vocabularies: only sampled tokens pass the output head, rows pass the model a few at a time with the short
-    ones together, and a prompt that several rows share passes once.
+    ones together, and a prompt that several rows share passes once. `recompute`: the backward pass computes the
+    activations of `ROWS` rows again instead of keeping those of all rows.
     """
+    from torch.utils.checkpoint import checkpoint
+
     if (inner := getattr(model, "get_base_model", None)) is not None:
         model = inner()  # PEFT's wrapper has another idea of what a base model is; the adapter is inside
     columns = [inputs[name] for name in ("input_ids", "attention_mask", "mask")]
     order = _order(*columns)
-    chunks = [_score(model, *(column[rows] for column in columns)) for rows in order.split(ROWS)]
+    parts = [[column[rows] for column in columns] for rows in order.split(ROWS)]
+    if recompute:
+        chunks = [checkpoint(_score, model, *part, use_reentrant=False) for part in parts]
+    else:
+        chunks = [_score(model, *part) for part in parts]
     back = torch.argsort(order)
     logprobs, entropies = (torch.cat(column)[back] for column in zip(*chunks, strict=True))
     return logprobs, entropies

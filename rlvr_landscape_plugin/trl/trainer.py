@@ -198,7 +198,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         started = time.perf_counter()
         joined = _joined(inputs)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._in_bfloat16):
-            logprobs, entropies = log_probability(model, joined)
+            logprobs, entropies = log_probability(model, joined, recompute=self._run.gradient_checkpointing)
         feeds = {
             "logprobs": logprobs,
             "old_logprobs": joined["sampled"],

@@ -20,17 +20,19 @@ PAUSE = 5e-5
 
 
 def sleep_while_waiting() -> None:
-    """Replace the `sched_yield` between two polls of shared memory by a sleep; safe to call several times."""
-    from vllm.platforms import current_platform
+    """Replace the `sched_yield` between two polls of shared memory by a sleep; safe to call several times.
 
-    if not current_platform.is_cpu() or os.environ.get(SPIN_VARIABLE) == "1":
+    A vLLM that waits in another way is left as it is: nothing but speed depends on it, so versions.py does not refuse.
+    """
+    if os.environ.get(SPIN_VARIABLE) == "1":
         return
-    from vllm.distributed.device_communicators import shm_broadcast
+    try:
+        from vllm.distributed.device_communicators import shm_broadcast
+        from vllm.platforms import current_platform
 
-    if "sched_yield" not in vars(shm_broadcast):
-        logger.warning(
-            "this vLLM has no sched_yield in distributed/device_communicators/shm_broadcast.py any more: its processes "
-            "wait in their own way, which may keep a core busy"
-        )
+        on_cpu, _ = current_platform.is_cpu(), shm_broadcast.sched_yield  # pyright: ignore[reportPrivateImportUsage]
+    except (ImportError, AttributeError) as error:
+        logger.warning("vLLM's processes wait in their own way, which may keep a core busy: %s", error)
         return
-    shm_broadcast.sched_yield = functools.partial(time.sleep, PAUSE)  # pyright: ignore[reportPrivateImportUsage]
+    if on_cpu:
+        shm_broadcast.sched_yield = functools.partial(time.sleep, PAUSE)  # pyright: ignore[reportPrivateImportUsage]

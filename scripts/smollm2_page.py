@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from rlvr_landscape_analysis import open_landscape
 from rlvr_landscape_analysis.designs import open_design
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.evidence import analyse_evidence, open_evidence
-from rlvr_landscape_analysis.figures import new_figure, panel_aspect, reward_landscape, save_figure
-from rlvr_landscape_analysis.landscape import per_prompt
 from rlvr_landscape_analysis.report.files import write_whole
 from rlvr_landscape_analysis.results import Claim
 from rlvr_landscape_analysis.schema import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE
@@ -40,6 +37,7 @@ from study_page import (
     chosen_figures,
     command,
     copy_files,
+    draw_grid,
     environment,
     expecting,
     frontier_rows,
@@ -128,19 +126,6 @@ def step_seconds(metrics: Path) -> list[tuple[str, str]]:
         for name, words in names.items()
         if lines and all(name in line for line in lines)
     ]
-
-
-def draw_grid(files: Sequence[Path], folder: Path) -> list[tuple[str, str]]:
-    """Maps of the 2-D slices: file and caption."""
-    drawn = []
-    for file in files:
-        data = open_landscape(file)
-        map_ = per_prompt(data)
-        figure, ax = new_figure(aspect=panel_aspect(map_))
-        reward_landscape(map_, ax)
-        save_figure(figure, folder / file.stem)
-        drawn.append((f"{folder.name}/{file.stem}.png", f"Reward and KL around step {int(data['step'])}"))
-    return drawn
 
 
 def small_policy(out: Path, page: Path) -> dict[str, Any] | None:

@@ -22,8 +22,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rlvr_landscape_analysis import open_landscape
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.evidence import EvidenceAnalysis, RunEvidence, analyse_evidence, open_evidence
+from rlvr_landscape_analysis.figures import new_figure, panel_aspect, reward_landscape, save_figure
+from rlvr_landscape_analysis.landscape import per_prompt
 from rlvr_landscape_analysis.report.files import write_whole
 from rlvr_landscape_analysis.results import NOT_MEASURABLE, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Claim
 from rlvr_landscape_analysis.schema import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE
@@ -31,6 +34,7 @@ from rlvr_landscape_analysis.statistics.boundary import boundary_change
 from rlvr_landscape_analysis.statistics.claims import claim_t3
 from rlvr_landscape_analysis.statistics.diagnostics import entropy_law, two_stage
 from rlvr_landscape_analysis.statistics.path import compared_position
+from rlvr_landscape_analysis.statistics.ranges import plain_by_range
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
 from rlvr_landscape_analysis.statistics.wording import number, sampled, signed
 from rlvr_landscape_analysis.study import write_study
@@ -342,6 +346,37 @@ def stage_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def draw_grid(files: Sequence[Path], folder: Path) -> list[tuple[str, str]]:
+    """Maps of the 2-D slices: file and caption."""
+    drawn = []
+    for file in files:
+        map_ = per_prompt(open_landscape(file))
+        figure, ax = new_figure(aspect=panel_aspect(map_))
+        reward_landscape(map_, ax)
+        save_figure(figure, folder / file.stem)
+        drawn.append((f"{folder.name}/{file.stem}.png", f"Reward and KL around step {int(map_['step'])}"))
+    return drawn
+
+
+def slices(data: Data, page: Path, settings: Bootstrap) -> tuple[list[tuple[str, str]], list[tuple[str, ...]]]:
+    """Maps of the last step of each slice, and rows: the plain correlation of KL and reward by the slice's range."""
+    drawn, rows = [], []
+    for folder in trained_runs(data.out, data.record):
+        for name in GRIDS:
+            files = sorted((folder / name).glob("landscape_step*.nc"))
+            drawn += [(file, f"{words} ({folder.name})") for file, words in draw_grid(files[-1:], page / name)]
+            for file in files:
+                map_ = per_prompt(open_landscape(file))
+                found = plain_by_range(map_, bootstrap=settings)
+                cells = [
+                    f"{signed(float(found['plain'][i]))} within ±{float(found['half_width'][i]):.3g}"
+                    for i in range(found.sizes["share"])
+                    if np.isfinite(found["plain"][i])
+                ]
+                rows.append((folder.name, str(int(map_["step"])), "; ".join(cells)))
+    return drawn, rows
+
+
 def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]:
     """Write everything; returns the files that are new. `expected`: names of all stages, to say which are missing."""
     data, settings = read(out), Bootstrap()
@@ -365,6 +400,7 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]
     if controls:
         analyses += [analyse_evidence(run, bootstrap=settings) for run in controls]
     keep(data, page / "data")
+    drawn, ranges = slices(data, page, settings)
     text = (
         environment(page)
         .get_template("study_page.md.j2")
@@ -378,6 +414,8 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> list[Path]
             sampled=sampled,
             training=training_part(data.training),
             figures=figures,
+            slices=drawn,
+            ranges=ranges,
             frontier=frontier_rows(analyses),
             boundaries=boundary_rows(data),
             stages=two_stages(data, settings),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from rlvr_landscape_analysis import synthetic_designs
+from rlvr_landscape_analysis import synthetic, synthetic_designs
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
 from scipy import stats
 from script_module import script
@@ -83,6 +83,9 @@ def out(tmp_path_factory):
     stages = {"start": entry, **{f"train-{name}": entry for name in GAINS}}
     stages |= {name: entry | {"done": False} for name in ("path-grpo-1", "train-grpo-9")}
     (root / "record.json").write_text(json.dumps({"stages": stages}))
+    folder = root / "grpo-0" / "grid_wide"
+    folder.mkdir()
+    synthetic.landscape("mixed", points=9, prompts=16, seed=0).to_netcdf(folder / "landscape_step000000_slice0.nc")
     return root
 
 
@@ -100,6 +103,17 @@ def test_the_page_names_what_is_missing(page):
     done = 1 + len(GAINS)
     assert f"{done} stages, {done},000 rollouts, {(done + 2) * 90 / 3600:.1f} hours on 2 cores, commit abc." in text
     assert "| path-grpo-1 | measured | 1.5 (not finished) |" in text
+
+
+def test_slices_are_drawn_and_their_plain_correlation_is_given_by_range(page, out):
+    text = (page / "README.md").read_text()
+    with xr.open_dataset(out / "grpo-0" / "grid_wide" / "landscape_step000000_slice0.nc") as data:
+        kl, reward = (data[name].values.astype(float).mean((2, 3)).ravel() for name in ("kl_k1", "reward"))
+        reach = float(data["alpha"].max())
+    words = f"{np.corrcoef(kl, reward)[0, 1]:+.2f} within ±{reach:.3g}".replace("-", "−")
+    (row,) = [line for line in text.splitlines() if line.startswith("| grpo-0 | 0 | ") and "within" in line]
+    assert row.endswith(f"; {words} |")
+    assert (page / "grid_wide" / "landscape_step000000_slice0.png").is_file()
 
 
 def test_a_run_that_still_trains_is_left_out(page, page_command, out):

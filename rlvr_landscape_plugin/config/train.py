@@ -194,7 +194,7 @@ class TrainConfig(StrictConfig):
     """Matrix products of the update's passes. `bfloat16` is faster on a CPU with AVX512-BF16 or AMX, and less exact.
     Weights, optimizer and what is measured stay float32."""
     gradient_checkpointing: bool = False
-    """Keep the activations of 64 episodes at a time only, and compute the others again in the backward pass: the memory
+    """Keep the activations of 16 episodes at a time only, and compute the others again in the backward pass: the memory
     of an update does not grow with its batch, and its forward pass runs twice."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the trainer; default: torch's own choice."""

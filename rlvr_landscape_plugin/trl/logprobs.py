@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 ROWS = 64
 """Sequences in one pass through the model."""
+RECOMPUTED_ROWS = 16
+"""The same where the backward pass computes activations again: few at a time, since memory is scarce."""
 
 
 def mean_kl(samplers: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> float:
@@ -31,7 +33,7 @@ def log_probability(
     0 outside the mask. Three things make this fast on a CPU, where TRL's own pass over all completion tokens is made
     for large vocabularies: only sampled tokens pass the output head, rows pass the model a few at a time with the short
     ones together, and a prompt that several rows share passes once. `recompute`: the backward pass computes the
-    activations of `ROWS` rows again instead of keeping those of all rows.
+    activations of `RECOMPUTED_ROWS` rows again instead of keeping those of all rows.
     """
     from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +41,7 @@ def log_probability(
         model = inner()  # PEFT's wrapper has another idea of what a base model is; the adapter is inside
     columns = [inputs[name] for name in ("input_ids", "attention_mask", "mask")]
     order = _order(*columns)
-    parts = [[column[rows] for column in columns] for rows in order.split(ROWS)]
+    parts = [[column[rows] for column in columns] for rows in order.split(RECOMPUTED_ROWS if recompute else ROWS)]
     if recompute:
         chunks = [checkpoint(_score, model, *part, use_reentrant=False) for part in parts]
     else:

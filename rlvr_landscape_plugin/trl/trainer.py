@@ -108,6 +108,8 @@ class LandscapeGRPOTrainer(GRPOTrainer):
 
     _in_bfloat16 = False
     """Whether the update multiplies matrices in bfloat16."""
+    _recomputes = False
+    """Whether its backward pass computes activations again."""
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         self._run, self._server, self._practice, self._hooks = run, server, practice, hooks
         self._filler = int(options["processing_class"].eos_token_id)
         self._objective = configure(run.objective.name, **run.objective.options)
-        self._in_bfloat16 = run.precision == "bfloat16"
+        self._in_bfloat16, self._recomputes = run.precision == "bfloat16", run.gradient_checkpointing
         self._base = base.requires_grad_(False).eval()
         self.reference = KLReference(self._base, run.reference)
         self._batch: TrainerBatch | None = None
@@ -198,7 +200,7 @@ class LandscapeGRPOTrainer(GRPOTrainer):
         started = time.perf_counter()
         joined = _joined(inputs)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._in_bfloat16):
-            logprobs, entropies = log_probability(model, joined, recompute=self._run.gradient_checkpointing)
+            logprobs, entropies = log_probability(model, joined, recompute=self._recomputes)
         feeds = {
             "logprobs": logprobs,
             "old_logprobs": joined["sampled"],

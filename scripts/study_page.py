@@ -364,7 +364,10 @@ def slices(data: Data, page: Path, settings: Bootstrap) -> tuple[list[tuple[str,
     for folder in trained_runs(data.out, data.record):
         for name in GRIDS:
             files = sorted((folder / name).glob("landscape_step*.nc"))
-            drawn += [(file, f"{words} ({folder.name})") for file, words in draw_grid(files[-1:], page / name)]
+            drawn += [
+                (file, f"{words} ({folder.name})")
+                for file, words in draw_grid(files[-1:], page / f"{name}_{folder.name}")
+            ]
             for file in files:
                 map_ = per_prompt(open_landscape(file))
                 found = plain_by_range(map_, bootstrap=settings)

@@ -113,7 +113,7 @@ def test_slices_are_drawn_and_their_plain_correlation_is_given_by_range(page, ou
     words = f"{np.corrcoef(kl, reward)[0, 1]:+.2f} within ±{reach:.3g}".replace("-", "−")
     (row,) = [line for line in text.splitlines() if line.startswith("| grpo-0 | 0 | ") and "within" in line]
     assert row.endswith(f"; {words} |")
-    assert (page / "grid_wide" / "landscape_step000000_slice0.png").is_file()
+    assert (page / "grid_wide_grpo-0" / "landscape_step000000_slice0.png").is_file()
 
 
 def test_a_run_that_still_trains_is_left_out(page, page_command, out):

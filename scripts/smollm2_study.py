@@ -75,9 +75,9 @@ class Size:
 FULL = Size(
     model=None,
     warm=("--steps", "20", "--taskset", '{"min_steps": 2, "max_steps": 2}'),
-    snapshots="0-2, 5, 10, 20, 40",
-    chunks=(5, 10, 20, 30, 40),
-    around=(10, 40),
+    snapshots="0-2, 5, 10, 20",
+    chunks=(5, 10, 20),
+    around=(10, 20),
     tiny=("--steps", "500", "--batch", "64", "--lr", "2e-3"),
 )
 _FEW = ("--env.num_prompts", "8")

@@ -242,16 +242,18 @@ class LandscapeClient:
                 if not future.done():
                     future.set_exception(ServerError(f"{self.url} closed the stream before every turn was answered"))
 
-    async def score(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    async def score(self, sequences: Sequence[np.ndarray], first: Sequence[int] = ()) -> list[np.ndarray]:
         """log π(token t | tokens before) for t = 1 … of each sequence: float32, length len(sequence) − 1, in nat.
 
-        One teacher-forced pass at temperature 1 through the weights of the last move.
+        One teacher-forced pass at temperature 1 through the weights of the last move. `first`: the first token of each
+        sequence whose log π is needed. What comes before is NaN, and is computed once for sequences that share it.
         """
         results: list[np.ndarray | None] = [None] * len(sequences)
 
         async def post(start: int) -> None:
             part = sequences[start : start + MAX_BATCH]
-            call = ScoreCall([pack(np.asarray(ids, dtype="<i4")) for ids in part], self.version)
+            needed = list(first[start : start + MAX_BATCH])
+            call = ScoreCall([pack(np.asarray(ids, dtype="<i4")) for ids in part], needed, self.version)
             async for index, answer in self._lines("/landscape/score", call):
                 if "error" in answer:
                     raise ServerError(f"{self.url}: {answer['error']}")

@@ -8,7 +8,7 @@
 | POST /landscape/ahead | slice, load | begin to draw the slice that is loaded next |
 | POST /landscape/move | alpha, beta, load | pause, write, empty the caches, resume |
 | POST /landscape/generate | requests, sampling, version | sample; one JSON line per finished request |
-| POST /landscape/score | sequences, version | log π of given tokens; one JSON line per sequence |
+| POST /landscape/score | sequences, first, version | log π of given tokens; one JSON line per sequence |
 
 Weights are in one of four states: `unknown` (whatever the server was started with), `clean` (at the coordinates that
 `version` names), `moving`, and `dirty` (a move failed half-way and could not be undone). Sampling and scoring are
@@ -60,6 +60,7 @@ from rlvr_landscape_plugin.serving.protocol import (
     pack,
     unpack_ids,
 )
+from rlvr_landscape_plugin.serving.shared import Scored, completed
 
 logger = logging.getLogger("vllm.rlvr_landscape")
 
@@ -128,6 +129,9 @@ class LandscapeEndpoint:
             "vocab_size": int(model.get_vocab_size()),
             "tensor_parallel_size": int(config.parallel_config.tensor_parallel_size),
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+            # A prompt in chunks may be put off and begun again, with another length from the cache than it answers.
+            "scores_share_prefixes": bool(config.cache_config.enable_prefix_caching)
+            and not config.scheduler_config.enable_chunked_prefill,
             "backend": getattr(transfer, "backend", None),
             "draws_ahead": True,
         }
@@ -373,25 +377,54 @@ class LandscapeEndpoint:
         version = self._version
         if problem := logprobs_problem(self._facts["logprobs_mode"], Sampling()):
             raise HTTPException(422, problem)
+        sequences = [unpack_ids(text) for text in call.sequences]
+        firsts = call.first or [1] * len(sequences)
+        if len(firsts) != len(sequences) or min(firsts, default=1) < 1:
+            raise HTTPException(422, "first must be empty, or have a number of at least 1 for each sequence")
         compared = asyncio.ensure_future(self._compare_versions())
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        share = self._facts["scores_share_prefixes"]
 
-        async def one(index: int) -> JsonObject:
-            tokens = unpack_ids(call.sequences[index])
+        async def once(index: int, read_cache: bool) -> Scored:
+            tokens = sequences[index]
+            # vLLM reads no cache for a request that asks for log-probabilities of its prompt, unless told to.
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                prompt_logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_reading_prefix_cache=not read_cache,
+            )
             output = await self._last(tokens.tolist(), params)
             await compared
             if version != self._version:
                 raise RuntimeError("the weights changed while this sequence was scored")
-            return {"logprobs": pack(_flat(output.prompt_logprobs, tokens, first=1))}
+            cached = int(output.num_cached_tokens or 0) if read_cache else 0
+            logprobs = np.full(len(tokens) - 1, np.nan, np.float32)
+            logprobs[cached:] = _flat(output.prompt_logprobs, tokens, first=cached + 1)
+            return Scored(tokens, firsts[index], cached, logprobs)
 
-        return self._stream(len(call.sequences), one)
+        # Answers of one call can fill each other's gaps, so the first requests of all come before any second one.
+        found: dict[int, Scored] = {}
+        left, all_tried = len(sequences), asyncio.Event()
+
+        async def one(index: int) -> JsonObject:
+            nonlocal left
+            try:
+                scored = found[index] = await once(index, share and firsts[index] > 1)
+            finally:
+                left -= 1
+                if not left:
+                    all_tried.set()
+            if scored.missing:
+                await all_tried.wait()
+                scored = completed(scored, list(found.values()))
+                if scored.missing:
+                    scored = await once(index, False)
+            return {"logprobs": pack(scored.answer())}
+
+        return self._stream(len(sequences), one)
 
     async def _last(self, prompt: list[int], params: Any) -> Any:
         output = None

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised whenever a message changes; client and server must agree."""
 MAX_BODY_BYTES = 256 * 2**20
 MAX_REQUESTS = 1024
@@ -85,6 +85,8 @@ class ScoreCall(msgspec.Struct, forbid_unknown_fields=True):
 
     sequences: list[str]
     """Token ids of each whole sequence, int32 little endian, base64."""
+    first: list[int] = []
+    """The first token of each whose log π is asked for; those before may be answered as NaN. Empty: all of them."""
     version: str | None = None
 
 

@@ -157,12 +157,12 @@ USES: tuple[Call | Fields | Overrides, ...] = (
         "SamplingParams",
         (
             *("temperature", "top_p", "max_tokens", "seed", "stop_token_ids", "logprobs", "prompt_logprobs"),
-            *("flat_logprobs", "detokenize", "output_kind"),
+            *("flat_logprobs", "detokenize", "output_kind", "skip_reading_prefix_cache"),
         ),
     ),
     Fields("sampling_params.py", "RequestOutputKind", ("FINAL_ONLY",)),
     Fields("outputs.py", "CompletionOutput", ("token_ids", "logprobs", "finish_reason")),
-    Fields("outputs.py", "RequestOutput", ("outputs", "prompt_logprobs", "finished")),
+    Fields("outputs.py", "RequestOutput", ("outputs", "prompt_logprobs", "finished", "num_cached_tokens")),
     Fields("logprobs.py", "FlatLogprobs", ("start_indices", "token_ids", "logprobs")),
     Fields("config/model.py", "ModelConfig", ("logprobs_mode", "enforce_eager", "max_model_len", "dtype")),
     # The routes.

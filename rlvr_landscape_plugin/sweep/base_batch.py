@@ -173,10 +173,17 @@ def _sum(parts: Iterable[np.ndarray]) -> float:
     return float(sum(float(np.sum(part, dtype=np.float64)) for part in parts))
 
 
-async def score_segments(client: LandscapeClient, segments: list[list[list[Segment]]]) -> list[list[np.ndarray]]:
-    """log π of every sampled token under the server's present weights: [prompt][rollout] → float32, nat."""
+async def score_segments(
+    client: LandscapeClient, segments: list[list[list[Segment]]], share: bool = True
+) -> list[list[np.ndarray]]:
+    """log π of every sampled token under the server's present weights: [prompt][rollout] → float32, nat.
+
+    `share`: what comes before a completion's first sampled token may be computed once for all that begin with it.
+    """
     places = [(p, r, s) for p, row in enumerate(segments) for r, cell in enumerate(row) for s in range(len(cell))]
-    scored = await client.score([segments[p][r][s].tokens for p, r, s in places])
+    # A segment in which nothing was sampled needs only to be answered.
+    first = [max(1, int(np.argmax(segments[p][r][s].sampled))) for p, r, s in places] if share else []
+    scored = await client.score([segments[p][r][s].tokens for p, r, s in places], first)
     parts: list[list[list[np.ndarray]]] = [[[] for _ in row] for row in segments]
     for (p, r, s), logprobs in zip(places, scored, strict=True):
         # logprobs[t] belongs to token t + 1; the first token of a sequence is never sampled.

@@ -1,4 +1,4 @@
-"""One grid point: move, sample, score → arrays with dims (prompt, rollout).
+"""One grid point: move, score, sample → arrays with dims (prompt, rollout).
 
 Definitions are those of docs/measurement.md: rewards come from fresh rollouts of the moved policy; KL and surrogate
 come from the checkpoint's own completions, scored under the moved weights in one teacher-forced pass. All sums over
@@ -116,7 +116,9 @@ class PointMeter:
         for part in missing(known, extent):
             tasks = range(prompts.start + part.tasks.start, prompts.start + part.tasks.stop)
             batch = await self._sample("base", tasks, part.rollouts, progress)
-            scored = await score_segments(self.client, [[cell.segments for cell in row] for row in batch])
+            # Sampling has left their beginnings in the prefix cache, further than the first sampled token.
+            segments = [[cell.segments for cell in row] for row in batch]
+            scored = await score_segments(self.client, segments, share=False)
             for p, row in zip(part.tasks, range(len(batch)), strict=True):
                 for r, cell, logprobs in zip(part.rollouts, batch[row], scored[row], strict=True):
                     cells[p, r] = Completion(cell.reward, cell.status, cell.segments, logprobs)
@@ -171,19 +173,21 @@ class PointMeter:
         clock = [time.perf_counter()]
         move = await self.client.move(alpha, beta)
         clock.append(time.perf_counter())
+        # Before sampling: a score takes prompts from the prefix cache, and has to do without what was sampled into it.
+        scores: dict[str, tuple[tuple[str, str], np.ndarray]] = {}
+        if score:
+            origin = alpha == 0 and beta == 0
+            scored = base.logprobs if origin else await score_segments(self.client, base.segments)
+            scores = self._scores(base, scored, whole)
+        clock.append(time.perf_counter())
         batch = await self._sample("fresh", prompts, rollouts, progress) if rollouts else []
         clock.append(time.perf_counter())
         # A few episodes may well fail all together, and would not end a sweep that measures them with the others.
         failures = (
             check_failures(batch, f"at ({alpha:g}, {beta:g})") if whole and rollouts == every else Failures.of(batch)
         )
-        data = xr.Dataset(self._fresh(batch))
-        if score:
-            origin = alpha == 0 and beta == 0
-            scored = base.logprobs if origin else await score_segments(self.client, base.segments)
-            data = data.assign(self._scores(base, scored, whole))
-        clock.append(time.perf_counter())
-        for name, seconds in zip(("seconds_move", "seconds_sample", "seconds_score"), np.diff(clock), strict=True):
+        data = xr.Dataset(self._fresh(batch)).assign(scores)
+        for name, seconds in zip(("seconds_move", "seconds_score", "seconds_sample"), np.diff(clock), strict=True):
             data[name] = ((), float(seconds))
         data["realised_step"] = ((), move.realised_step)
         data.attrs["weight_version"] = move.version

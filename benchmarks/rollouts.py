@@ -4,7 +4,7 @@
 
 One local server, the same taskset, the same sampling, 128 two-turn episodes either way. The stock side is timed from
 its first rollout's start to its last score, as its own traces say, so its start-up does not count. Then whole grid
-points (move, sample, score) are measured for the client's share: the CPU seconds of this process over the wall seconds
+points (move, score, sample) are measured for the client's share: the CPU seconds of this process over the wall seconds
 of the point, an upper bound on the time spent outside the server, because most of them pass while the server computes.
 The last line is one JSON object.
 """

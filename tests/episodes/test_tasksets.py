@@ -56,7 +56,7 @@ class Says:
     async def move(self, alpha, beta):
         return MoveResult("1", 0.1, {})
 
-    async def score(self, sequences):
+    async def score(self, sequences, first=()):
         return [np.full(len(ids) - 1, -1.5, np.float32) for ids in sequences]
 
 

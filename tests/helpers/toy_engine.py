@@ -31,6 +31,8 @@ NOTHING_AHEAD = {"parts": 0, "ready": 0, "errors": []}
 """What a load says of draws ahead where there were none."""
 FAILURES = "failures.json"
 """In a server's control directory: what its next updates do (`Engine.outcomes`), then removed."""
+BLOCK = 4
+"""Tokens of a block of a toy engine's prefix cache."""
 FOREIGN = "foreign_version.txt"
 """In a server's control directory: the version of an update that somebody else made, then removed."""
 
@@ -57,7 +59,12 @@ class Engine:
     """The front end of vLLM and its one worker, as far as weight updates go."""
 
     def __init__(
-        self, backend: str = "landscape", logprobs_mode: str = "raw_logprobs", versions: bool = True, workers: int = 1
+        self,
+        backend: str = "landscape",
+        logprobs_mode: str = "raw_logprobs",
+        versions: bool = True,
+        workers: int = 1,
+        chunked: bool = False,
     ) -> None:
         self.active, self.version, self.paused = False, "default", False
         self.outcomes: list[str | Exception] = []
@@ -72,6 +79,7 @@ class Engine:
             device_config=SimpleNamespace(device_type="cpu"),
             parallel_config=SimpleNamespace(tensor_parallel_size=workers, world_size=workers),
             cache_config=SimpleNamespace(enable_prefix_caching=True),
+            scheduler_config=SimpleNamespace(enable_chunked_prefill=chunked),
         )
         self.engine_core = SimpleNamespace(pause_scheduler_async=self._pause)
         if versions:
@@ -122,7 +130,7 @@ class Engine:
     async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
         flat = Flat(TOKENS.tolist(), (-0.5, -1.0, -1.5))
         completion = SimpleNamespace(token_ids=TOKENS.tolist(), logprobs=flat, finish_reason="stop")
-        yield SimpleNamespace(finished=True, outputs=[completion], prompt_logprobs=flat)
+        yield SimpleNamespace(finished=True, outputs=[completion], prompt_logprobs=flat, num_cached_tokens=0)
 
 
 def _report(request: Request, content: dict[str, Any]) -> None:
@@ -131,10 +139,13 @@ def _report(request: Request, content: dict[str, Any]) -> None:
 
 class ToyEngine(Engine):
     """An engine whose policy is the toy policy. `control`: directory from which it takes failures; `slow`: seconds that
-    a completion takes."""
+    a completion takes. Its prefix cache works as vLLM's: in whole blocks, and with no log π at what it holds."""
 
-    def __init__(self, control: Path, dtype: str = "float32", slow: float = 0.0) -> None:
-        super().__init__()
+    def __init__(self, control: Path, dtype: str = "float32", slow: float = 0.0, chunked: bool = False) -> None:
+        super().__init__(chunked=chunked)
+        self._cache: set[bytes] = set()
+        self.computed = 0
+        """Tokens that went through the policy, but for those that it sampled."""
         model = self.vllm_config.model_config
         model.dtype, model.max_model_len = f"torch.{dtype}", 1024
         model.get_vocab_size = lambda: 2048
@@ -200,15 +211,34 @@ class ToyEngine(Engine):
             await asyncio.sleep(0.005)
         await asyncio.sleep(self.slow)
         given, policy = np.array(prompt["prompt_token_ids"], np.int32), self.policy
-        if getattr(params, "prompt_logprobs", None) is not None:
-            scores = Flat(given.tolist(), (0.0, *policy.score(given).tolist()))
+        scored = getattr(params, "prompt_logprobs", None) is not None
+        cached = 0 if getattr(params, "skip_reading_prefix_cache", scored) else self._cached(given)
+        self.computed += len(given) - cached
+        if scored:
+            self._keep(given)
+            tokens, logprobs = given.copy(), np.concatenate([[0.0], policy.score(given)])
+            tokens[1 : cached + 1], logprobs[1 : cached + 1] = -7, 99.0
+            scores = Flat(tokens.tolist(), tuple(logprobs.tolist()))
             completion = SimpleNamespace(token_ids=[], logprobs=None, finish_reason="length")
-            yield SimpleNamespace(finished=True, outputs=[completion], prompt_logprobs=scores)
+            yield SimpleNamespace(finished=True, outputs=[completion], prompt_logprobs=scores, num_cached_tokens=cached)
             return
         tokens, logprobs, finish = policy.sample(given, params.seed, params.max_tokens)
+        self._keep(np.concatenate([given, tokens]))
         flat = Flat(tokens.tolist(), tuple(logprobs.tolist()))
         completion = SimpleNamespace(token_ids=tokens.tolist(), logprobs=flat, finish_reason=finish)
         yield SimpleNamespace(finished=True, outputs=[completion])
+
+    def _keep(self, tokens: np.ndarray) -> None:
+        self._cache |= {tokens[:end].tobytes() for end in range(BLOCK, len(tokens) + 1, BLOCK)}
+
+    def _cached(self, tokens: np.ndarray) -> int:
+        """Tokens at the beginning that the cache holds; the last token is always computed."""
+        ends = range(BLOCK, len(tokens), BLOCK)
+        return max((end for end in ends if tokens[:end].tobytes() in self._cache), default=0)
+
+    async def reset_prefix_cache(self) -> bool:
+        self._cache.clear()
+        return True
 
 
 def stand_ins() -> dict[str, ModuleType]:

@@ -99,7 +99,7 @@ async def prefix_cache(server: LocalServer) -> np.ndarray:
     return np.array([sum(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in counters])
 
 
-async def test_rollouts_of_one_prompt_share_it_over_turns_and_scoring_does_not_look(server):
+async def test_rollouts_of_one_prompt_share_it_over_turns_and_a_whole_score_does_not_look(server):
     prompt = (prompts(1)[0] * 20)[:200]
     whole = 200 // 32 * 32  # tokens in whole blocks of the cache
     async with client_of(server) as client:
@@ -120,6 +120,31 @@ async def test_rollouts_of_one_prompt_share_it_over_turns_and_scoring_does_not_l
         for ids, completion, logprobs in zip(sequences, second, scored, strict=True):
             start = len(ids) - len(completion.tokens) - 1
             np.testing.assert_allclose(completion.logprobs, logprobs[start:], atol=1e-4)
+
+
+async def test_scores_from_a_token_on_share_what_comes_before_and_have_the_same_bits(server):
+    prompt = (prompts(1)[0] * 20)[:200]
+    async with client_of(server) as client:
+        await client.load(str(POLICY), SLICE)
+        await client.move(0.0, 0)
+        said = await asyncio.gather(*(client.generate(prompt, seed, 60) for seed in range(12)))
+        sequences = [np.array([*prompt, *completion.tokens], np.int32) for completion in said]
+        sequences.append(sequences[0])
+        first = [200] * len(sequences)
+        for warm in (False, True):
+            await client.move(0.03, 0)
+            alone = await client.score(sequences)
+            await client.move(0.03, 0)
+            if warm:  # completions of the moved policy in the cache, some of which begin as those of the checkpoint
+                await asyncio.gather(*(client.generate(prompt, seed, 60) for seed in range(12)))
+            before = await prefix_cache(server)
+            shared = await client.score(sequences, first)
+            found = (await prefix_cache(server) - before)[1]
+            assert found >= (12 + warm) * 192
+            for ids, one, other in zip(sequences, alone, shared, strict=True):
+                np.testing.assert_array_equal(one[199:], other[199:])
+                assert np.isnan(other[:199]).all()
+                assert len(other) == len(ids) - 1
 
 
 async def test_the_origin_is_the_snapshot_bit_for_bit(server, tmp_path, monkeypatch):

@@ -149,6 +149,7 @@ def test_a_changed_signature_is_refused_by_name(tmp_path, name, source, problem)
         (
             "RequestOutput",
             "class RequestOutput:\n    def __init__(self):\n        self.outputs = self.prompt_logprobs = []\n"
+            "        self.num_cached_tokens = 0\n"
             "    @property\n    def finished(self): ...",
         ),
     ],

@@ -125,7 +125,7 @@ class Client:
         self.moved = (alpha, beta) != (0, 0)
         return MoveResult("1", 0.1, {})
 
-    async def score(self, sequences):
+    async def score(self, sequences, first=()):
         return [self._score(np.asarray(ids), self.moved) for ids in sequences]
 
 

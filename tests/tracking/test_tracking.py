@@ -176,7 +176,7 @@ def test_training_reports_as_trl_does_and_goes_on_when_the_service_fails(tmp_pat
     trackio = needs("trackio")
     pytest.importorskip("trl", reason="training needs the extra `train`")
     import torch
-    from test_trl import Sampler
+    from toy_rollouts import Sampler
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rlvr_landscape_plugin.snapshot import open_snapshot

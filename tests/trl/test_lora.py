@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import POLICY
+from toy_rollouts import rollout, segment
 
 from rlvr_landscape_plugin.config import LoraConfig, TrainConfig
+from rlvr_landscape_plugin.episodes import OK
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError
 from rlvr_landscape_plugin.snapshot import open_snapshot
 
@@ -85,8 +87,6 @@ class Sampler:
             self.held.append(open_snapshot(folder, POLICY).read("model.layers.0.self_attn.q_proj.weight"))
 
     def roll(self, practice, indices, rollouts, stream, progress):
-        from test_trl import OK, rollout, segment
-
         rng = np.random.default_rng(len(self.held))
 
         def one():

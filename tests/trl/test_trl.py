@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_rollouts import TWO_TURNS, Sampler, rollout, segment
 
 from rlvr_landscape_plugin.config import TrainConfig, load_config, train_report
-from rlvr_landscape_plugin.episodes import ERROR, OK, TRUNCATED, Rollout, Segment
+from rlvr_landscape_plugin.episodes import ERROR, OK, TRUNCATED, Rollout
 from rlvr_landscape_plugin.errors import ConfigurationError, SnapshotError, StoreError, TasksetError
 from rlvr_landscape_plugin.files import writing
 from rlvr_landscape_plugin.snapshot import open_snapshot
@@ -32,20 +33,6 @@ from rlvr_landscape_plugin.trl.states import check_state, complete, complete_sta
 
 ROOT = Path(__file__).parents[2]
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (extra train)")
-
-
-def segment(*parts: tuple[bool, list[int]], first: float = -0.25) -> Segment:
-    """Tokens of a conversation from (sampled, ids) parts; log-probabilities count down from `first`."""
-    tokens = np.array([token for _, ids in parts for token in ids], np.int32)
-    sampled = np.array([said for said, ids in parts for _ in ids], bool)
-    return Segment(tokens, sampled, (first - np.arange(sampled.sum())).astype(np.float32))
-
-
-TWO_TURNS = segment((False, [1, 2, 3]), (True, [10, 11]), (False, [4, 5]), (True, [12]))
-
-
-def rollout(reward: float = 0.5, status: int = OK, *segments: Segment) -> Rollout:
-    return Rollout(reward, status, list(segments or (TWO_TURNS,)), "it broke" if status == ERROR else None)
 
 
 def test_an_episode_becomes_a_prompt_and_one_completion_with_the_environment_masked():
@@ -532,30 +519,6 @@ def test_the_pair_of_optimizers_is_one_to_a_scheduler_and_to_a_checkpoint():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     step(model, optimizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-class Sampler:
-    """Stands where the server does: random tokens, rewards that fail once, and a record of what was asked."""
-
-    def __init__(self) -> None:
-        self.pushed: list[int] = []
-        self.asked: list[tuple[str, list[int]]] = []
-
-    def push(self, save, step: int) -> None:
-        self.pushed.append(step)
-
-    def roll(self, practice, indices, rollouts, stream, progress):
-        self.asked.append((stream, list(indices)))
-        rng = np.random.default_rng(len(self.asked))
-
-        def one(task: int, number: int) -> Rollout:
-            progress()
-            if (task, number) == (1, 0):
-                return Rollout(float("nan"), ERROR, [], "it broke")
-            ids = [rng.integers(3, 2000, size=rng.integers(1, 6)).tolist() for _ in range(4)]
-            return rollout(float(rng.random()), OK, segment(*zip((False, True) * 2, ids, strict=True), first=-7.0))
-
-        return [[one(index, number) for number in range(rollouts)] for index in indices]
 
 
 @pytest.mark.slow

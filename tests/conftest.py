@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from fake_server import TOKEN as FAKE_TOKEN
 from fake_server import FakeServer
+from hypothesis import settings
 
 from rlvr_landscape_plugin.config import ServerConfig
 from rlvr_landscape_plugin.serving.client import LandscapeClient
@@ -31,6 +32,9 @@ from rlvr_landscape_plugin.snapshot import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 POLICY = SHIPPED["tiny-sorter"]
+# A busy machine is no failure.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 TASKSET = {"min_turns": 2, "max_turns": 2, "max_names_per_turn": 3, "seed": 12345}
 
 

@@ -128,7 +128,7 @@ def both(objective, feeds, uniforms=None):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_values_are_those_of_the_equations(name, data):
     objective, feeds, uniforms = data.draw(problems(name))
@@ -138,7 +138,7 @@ def test_values_are_those_of_the_equations(name, data):
 
 @needs_torch
 @pytest.mark.parametrize("name", OBJECTIVES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_gradients_are_the_slopes_of_the_equations(name, data):
     objective, feeds, uniforms = data.draw(problems(name))
@@ -465,7 +465,7 @@ def test_the_landscape_draws_the_same_objective(seed, tokens, advantage, spread)
 
 @needs_torch
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "grpo_n", "gspo_n"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=seeds, kl_coefficient=st.sampled_from([0.0, 0.3]), spread=st.sampled_from([1e-3, 0.5]))
 def test_sums_over_sequences_divided_by_all_tokens_are_the_batch(name, seed, kl_coefficient, spread):
     feeds, _ = random_feeds(seed, 4, 5, spread, 0.6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rlvr_landscape_analysis as rla
 import xarray as xr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rlvr_landscape_analysis import AnalysisError, synthetic
 from rlvr_landscape_analysis.datasets import list_run
@@ -71,7 +71,6 @@ def test_the_checkpoint_may_have_more_rollouts_than_a_point():
 
 
 @given(n=st.integers(1, 9), c=st.integers(0, 9), k=st.integers(1, 9))
-@settings(deadline=None)
 def test_pass_at_k_is_the_share_of_k_subsets_with_a_success(n, c, k):
     c, k = min(c, n), min(k, n)
     outcome = [1.0] * c + [0.0] * (n - c)

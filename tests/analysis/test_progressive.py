@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import rlvr_landscape_analysis as rla
 import xarray as xr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rlvr_landscape_analysis import AnalysisError, Bootstrap, synthetic
 from rlvr_landscape_analysis.datasets import list_run
@@ -97,7 +97,6 @@ def test_levels_of_usual_axes(points, levels):
 
 
 @given(axes(), axes())
-@settings(deadline=None)
 def test_what_a_level_leaves_out_was_left_out_more_coarsely_before(alphas, betas):
     levels = grid_levels(alphas, betas)
     assert [len(index) for index in levels[-1]] == [len(alphas), len(betas)]

@@ -60,7 +60,7 @@ def read(text: str) -> tuple[int, list[str], list[int]]:
     largest=st.integers(3, 2000),
     operations=st.lists(st.sampled_from(OPERATIONS), min_size=1, unique=True),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_answer_is_what_a_reader_of_the_text_finds(seed, steps, largest, operations) -> None:
     fewest, most = steps[0], sum(steps)
     if not {"add", "subtract"} <= set(operations):
@@ -76,7 +76,7 @@ def test_the_answer_is_what_a_reader_of_the_text_finds(seed, steps, largest, ope
 
 
 @given(seed=st.integers(0, 10**6), number=st.integers(0, 1000), steps=st.integers(1, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_working_leads_to_the_answer(seed, number, steps) -> None:
     problem = make_problem(Settings(steps, steps, 50, OPERATIONS), seed, number)
     amount = int(re.findall(r"\d+", problem.text)[0])

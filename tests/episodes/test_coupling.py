@@ -144,7 +144,7 @@ def test_near_policies_keep_nearly_as_many_tokens_as_any_coupling():
 probabilities = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=2, max_size=9).map(np.array)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), k=st.integers(1, 9))
 def test_edge_cases(data, k):
     """Ties, zeros of either policy, K = 1, K beyond the vocabulary: tokens that q can say, and y where p = q."""

@@ -43,7 +43,7 @@ def computed_by_one(scored: list[Scored], tokens: np.ndarray) -> bool:
     return any(one.cached < at and np.array_equal(one.tokens[: at + 1], tokens) for one in scored)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_what_is_filled_in_is_what_the_policy_says(data):
     prompts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=3))

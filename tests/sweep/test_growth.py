@@ -446,7 +446,7 @@ GROWTHS = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=GROWTHS)
 def test_any_sequence_of_growths_ends_where_one_sweep_would(steps, tmp_path_factory, monkeypatch):
     """Each step asks for at least what the one before had; some of them are cut in the middle."""

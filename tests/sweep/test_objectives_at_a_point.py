@@ -68,7 +68,7 @@ def options_of(name: str, aggregation: dict[str, Any], kept: bool = False) -> di
 @pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda options: options["aggregation"])
 @pytest.mark.parametrize("name", [*DRAWN, "grpo_n kept", "gspo_n kept"])
 @given(st.integers(0, 2**31), st.integers(1, 4), st.integers(2, 4), st.sampled_from([0.0, 0.01, 0.3, 1.0]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_values_per_completion_add_up_to_the_objective(name, aggregation, seed, prompts, rollouts, spread):
     base, new = problem(seed, prompts, rollouts, spread)
     if (base.status == ERROR).all():

@@ -70,6 +70,13 @@ def test_series_against_the_radius(found):
     assert "‖move‖" in figures.density_by_radius(two, against="relative")["ax"].get_xlabel()
     shares = figures.density_by_radius(two)
     np.testing.assert_allclose(shares["lower"][40].get_ydata(), found.census[40]["density_lower"])
+    unknown = found.census[40].copy(deep=True)
+    unknown["density"][:] = 0.4
+    unknown["density_interval"].values[0] = 0.0, 1.0
+    unknown["density_interval"].values[1:] = 0.2, 0.6
+    share = figures.density_by_radius({0: found.census[0], 40: unknown})["series"][40]["line"].get_ydata()
+    assert np.isnan(share[0])
+    assert (share[1:] == 0.4).all()
     assert "nat" in figures.correlation_by_radius(two, against="kl")["ax"].get_xlabel()
     with pytest.raises(AnalysisError, match="not 'steps'"):
         figures.correlation_by_radius(two, against="steps")
@@ -119,6 +126,10 @@ def test_at_most_six_steps_and_settings_stay(found, tmp_path):
     drawn = figures.correlation_by_radius(many)
     assert len(drawn["series"]) == 6
     assert {0, 19} <= set(drawn["series"])
+    assert drawn["legend"].get_title().get_text() == "(without 14 steps)"
+    seven = figures.correlation_by_radius(dict.fromkeys((0, 1, 2, 5, 10, 20, 40), many[0]))
+    assert seven["legend"].get_title().get_text() == "(without step 5)"
+    assert not figures.correlation_by_radius({0: many[0], 1: many[1]})["legend"].get_title().get_text()
     paths = figures.save_figure(drawn["ax"].figure, tmp_path / "correlation")
     assert all(path.stat().st_size > 1000 for path in paths)
     assert dict(matplotlib.rcParams) == before

@@ -149,11 +149,7 @@ def correlation_by_radius(
     ax.set_ylabel(f"correlation of {PAIR_NAMES.get(pair, pair)}\nover directions, noise taken out")
     out = _radius_frame(censuses, against, ax)
     out["unknown"] = {}
-    # An interval of [-1, 1] says that nothing is known; drawn, it would hide what is.
-    known = {
-        step: data["correlation"].sel(pair=pair).notnull() & (_width(data["correlation_interval"].sel(pair=pair)) < 1.9)
-        for step, data in censuses.items()
-    }
+    known = {step: _says_something(data.sel(pair=pair), "correlation", 2.0) for step, data in censuses.items()}
     if not any(bool(mask.any()) for mask in known.values()):
         out["message"] = say_missing(ax, "no radius where reward varies over directions beyond noise", axes="xy")
         return out
@@ -185,14 +181,14 @@ def correlation_by_radius(
 def density_by_radius(censuses: Mapping[int, xr.Dataset], against: str = "", ax: Axes | None = None) -> dict[str, Any]:
     """Share of directions that improve the reward against the radius (normal model), one line per step.
 
-    Small ticks (`lower`) mark the share that improves at the least, without a model of directions. Returns as
-    `correlation_by_radius`.
+    Small ticks (`lower`) mark the share that improves at the least, without a model of directions; where there is only
+    a tick, the interval of the share is all of 0 to 1. Returns as `correlation_by_radius`, and `lower` (step → line).
     """
     if ax is None:
         _, ax = new_figure(aspect=0.8)
     ax.set_ylabel("share of directions that improve reward")
     out = _radius_frame(censuses, against, ax)
-    known = {step: data["density"].notnull() for step, data in censuses.items()}
+    known = {step: _says_something(data, "density", 1.0) for step, data in censuses.items()}
     if not any(bool(mask.any()) for mask in known.values()):
         out["message"] = say_missing(ax, "no radius where reward varies over directions beyond noise", axes="xy")
         return out
@@ -204,6 +200,7 @@ def density_by_radius(censuses: Mapping[int, xr.Dataset], against: str = "", ax:
         out["lower"][step] = ax.plot(
             x, data["density_lower"].values, linestyle="", marker="_", markersize=6, color=style["color"], zorder=4
         )[0]
+    ax.plot([], [], marker="_", markersize=6, linestyle="", color=CLOUD_MEAN, label="at the least")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, -0.02), min(high, 1.02))
@@ -342,8 +339,10 @@ def _plain(value: float, _: object = None) -> str:
     return f"{value:,.0f}".replace(",", "\u202f") if value >= 1000 else f"{value:g}"
 
 
-def _width(interval: xr.DataArray) -> xr.DataArray:
-    return interval.sel(bound="high") - interval.sel(bound="low")
+def _says_something(data: xr.Dataset, name: str, span: float) -> xr.DataArray:
+    """Where a value is known: an interval of all of its `span` says nothing, and drawn it would hide what is known."""
+    interval = data[f"{name}_interval"]
+    return data[name].notnull() & (interval.sel(bound="high") - interval.sel(bound="low") < 0.95 * span)
 
 
 def _radius_frame(censuses: Mapping[int, xr.Dataset], against: str, ax: Axes) -> dict[str, Any]:
@@ -417,4 +416,14 @@ def _line(
 
 
 def _step_legend(ax: Axes, by_step: Mapping[int, Any]) -> Any:
-    return ax.legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none") if len(by_step) > 1 else None
+    """The legend of series by step, which names the steps that have none."""
+    if len(by_step) < 2:
+        return None
+    legend = ax.legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none")
+    rest = sorted(set(by_step) - {step for step, _ in _styles(by_step)})
+    if rest:
+        steps = "step" if len(rest) == 1 else "steps"
+        named = f"{steps} {', '.join(map(str, rest))}" if len(rest) <= 3 else f"{len(rest)} steps"
+        legend.set_title(f"(without {named})")
+        legend.get_title().set_fontsize(NOTE_SIZE)
+    return legend

@@ -187,6 +187,26 @@ def test_the_page_can_be_made_from_the_data_beside_it(page_command, page, tmp_pa
     assert second.split("## Training")[1] == first.split("## Training")[1]
 
 
+def test_kept_datasets_are_shorter_and_equal(page_command, out, tmp_path):
+    file = Path("grpo-0", "census", "census_step000040.nc")
+    whole = xr.load_dataset(out / file)
+    small = {name: {"zlib": True, "chunksizes": (1, 1, 1, *v.shape[3:])} for name, v in whole.items() if v.ndim == 5}
+    (tmp_path / "out" / file).parent.mkdir(parents=True)
+    for variable in whole.variables.values():
+        variable.encoding = {}
+    whole.to_netcdf(tmp_path / "out" / file, encoding=small)
+    page_command.copy_files([tmp_path / "out" / file], tmp_path / "out", tmp_path / "kept")
+    kept = tmp_path / "kept" / file
+    assert kept.stat().st_size < 0.9 * (tmp_path / "out" / file).stat().st_size
+    assert xr.load_dataset(kept).identical(xr.load_dataset(tmp_path / "out" / file))
+    before = kept.stat().st_mtime_ns
+    page_command.copy_files([tmp_path / "out" / file], tmp_path / "out", tmp_path / "kept")
+    assert kept.stat().st_mtime_ns == before
+    page_command.copy_files([kept], tmp_path / "kept", tmp_path / "again")
+    assert (tmp_path / "again" / file).read_bytes() == kept.read_bytes()
+    assert sorted(path.name for path in kept.parent.iterdir()) == [kept.name]
+
+
 def test_an_empty_study_has_a_page_that_says_so(page_command, tmp_path, capsys):
     assert page_command.main([str(tmp_path), "--page", str(tmp_path / "page")]) == 2
     assert "record.json is missing" in capsys.readouterr().err

@@ -189,8 +189,8 @@ def test_the_page_can_be_made_from_the_data_beside_it(page_command, page, tmp_pa
 
 def test_kept_datasets_are_shorter_and_equal(page_command, out, tmp_path):
     file = Path("grpo-0", "census", "census_step000040.nc")
-    whole = xr.load_dataset(out / file)
-    small = {name: {"zlib": True, "chunksizes": (1, 1, 1, *v.shape[3:])} for name, v in whole.items() if v.ndim == 5}
+    whole = xr.load_dataset(out / file).round(1)
+    small = {name: {"zlib": True, "chunksizes": (1,) * 5} for name, v in whole.items() if v.ndim == 5}
     (tmp_path / "out" / file).parent.mkdir(parents=True)
     for variable in whole.variables.values():
         variable.encoding = {}
@@ -233,8 +233,10 @@ def test_rows_of_other_thresholds_come_from_the_same_data(page_command, out):
     assert "0.7 " in words
 
 
-def test_what_the_page_reads_is_kept_byte_for_byte(page, out):
-    for file in (page / "data").rglob("*.nc"):
-        assert file.read_bytes() == (out / file.relative_to(page / "data")).read_bytes()
+def test_what_the_page_reads_is_kept_value_for_value(page, out):
+    kept = list((page / "data").rglob("*.nc"))
+    assert len(kept) > 10
+    for file in kept:
+        assert xr.load_dataset(file).identical(xr.load_dataset(out / file.relative_to(page / "data")))
     with xr.open_dataset(page / "data" / "random-0" / "census" / "census_step000040.nc") as data:
         assert data.attrs["training_reward_mode"] == "random"

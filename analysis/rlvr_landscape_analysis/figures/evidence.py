@@ -202,8 +202,7 @@ def density_by_radius(censuses: Mapping[int, xr.Dataset], against: str = "", ax:
         )[0]
     ax.plot([], [], marker="_", markersize=6, linestyle="", color=CLOUD_MEAN, label="at the least")
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, -0.02), min(high, 1.02))
+    ax.set_ylim(-0.02, 1.02)
     out["legend"] = _step_legend(ax, censuses)
     return out
 
@@ -281,6 +280,7 @@ def curvature_over_training(
     else:
         out["messages"].append(say_missing(left, "no census was measured", axes="xy"))
     found: dict[str, list[tuple[int, float, np.ndarray]]] = {}
+    labels: list[tuple[int, float, float]] = []
     for step, data in sorted((paths or {}).items()):
         for name in data["path"].values:
             place = compared_position(data.sel(path=name), position, "fisher_ratio")
@@ -288,7 +288,10 @@ def curvature_over_training(
                 here = data.sel(path=name).isel(position=place)
                 ratio, at = float(here["fisher_ratio"]), float(here["position"])
                 found.setdefault(str(name), []).append((step, ratio, here["fisher_ratio_interval"].values))
-                if not np.isclose(at, position):
+                # Points side by side share a label.
+                near = any(s == step and a == at and 2 / 3 < r / ratio < 3 / 2 for s, a, r in labels)
+                if not np.isclose(at, position) and not near:
+                    labels.append((step, at, ratio))
                     last = step == max(paths or {}) > min(paths or {})
                     right.annotate(
                         f"at {at:+g}".replace("-", "−"),
@@ -411,6 +414,9 @@ def _line(
         return {"line": line, "band": band, "bars": bars}
     x = x * 1.035 ** (index - (many - 1) / 2)
     bars = ax.vlines(x[known], low[known], high[known], color=style["color"], linewidth=0.8, alpha=0.7, zorder=2)
+    # A legend looks for a place among lines only, and would cover bars.
+    gap = np.full(known.sum(), np.nan)
+    ax.plot(np.repeat(x[known], 3), np.ravel([low[known], high[known], gap], order="F"), linestyle="none")
     (line,) = ax.plot(x, y, label=f"step {step}", zorder=3, **style)
     return {"line": line, "band": None, "bars": bars}
 

@@ -120,6 +120,13 @@ def test_curvature_and_ratio_over_training(found):
     assert not drawn["messages"]
 
 
+def test_one_step_has_a_whole_number_on_its_axis(found):
+    drawn = figures.curvature_over_training({40: found.census[40]}, {40: found.path[40]})
+    ticks = drawn["axes"][1].get_xticks()
+    assert 40 in ticks
+    assert (ticks == np.round(ticks)).all()
+
+
 def test_at_most_six_steps_and_settings_stay(found, tmp_path):
     before = dict(matplotlib.rcParams)
     many = {step: found.census[0] for step in range(20)}

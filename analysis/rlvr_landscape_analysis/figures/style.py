@@ -161,7 +161,7 @@ def step_axis(ax: Axes, steps: Sequence[int] | np.ndarray) -> None:
     if last - first <= 10:
         margin = 0.05 * (last - first) or 0.5
         ax.set_xlim(first - margin, last + margin)
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         ax.set_xticks(ordered, minor=True)
         ax.set_xlabel("training step")
         return

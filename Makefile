@@ -27,7 +27,7 @@ smollm2: setup  ## download SmolLM2-135M-Instruct (89 MB) and make a snapshot of
 	$(VENV)/bin/python -m pip --disable-pip-version-check --quiet install "gguf>=0.17"
 	$(PYTHON) scripts/get_smollm2.py
 
-study: setup  ## the laptop study in stages, about 6.5 hours in all; STAGES="train-* page" for some, STUDY="--short" for toy size
+study: setup  ## the laptop study in stages, about 7 hours in all; STAGES="train-* page" for some, STUDY="--short" for toy size
 	set -f; $(PYTHON) scripts/study.py $(STUDY) $(STAGES)
 
 lora-study: setup  ## train an adapter, and measure inside and outside the subspace in which it can move; STAGES and STUDY as for `make study`

@@ -20,7 +20,7 @@ landscape: setup  ## measure a real landscape on this machine and draw it
 	$(PYTHON) -m rlvr_landscape_plugin.sweep @ configs/sweep/quickstart.toml
 	$(PYTHON) -m rlvr_landscape_analysis outputs/quickstart
 
-reproduce: setup  ## the study at a reduced size: train, measure what lies around the snapshots, write a page (estimated: ten minutes)
+reproduce: setup  ## the study at a reduced size: train, measure what lies around the snapshots, write a page (15 minutes)
 	$(PYTHON) scripts/study.py --reduced
 
 smollm2: setup  ## download SmolLM2-135M-Instruct (89 MB) and make a snapshot of it in models/

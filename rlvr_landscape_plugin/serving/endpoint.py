@@ -33,6 +33,7 @@ import os
 import time
 import uuid
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -406,20 +407,21 @@ class LandscapeEndpoint:
             return Scored(tokens, firsts[index], cached, logprobs)
 
         # Answers of one call can fill each other's gaps, so the first requests of all come before any second one.
-        found: dict[int, Scored] = {}
+        found: dict[bytes, list[Scored]] = defaultdict(list)
         left, all_tried = len(sequences), asyncio.Event()
 
         async def one(index: int) -> JsonObject:
             nonlocal left
             try:
-                scored = found[index] = await once(index, share and firsts[index] > 1)
+                scored = await once(index, share and firsts[index] > 1)
+                found[scored.beginning].append(scored)
             finally:
                 left -= 1
                 if not left:
                     all_tried.set()
             if scored.missing:
                 await all_tried.wait()
-                scored = completed(scored, list(found.values()))
+                scored = completed(scored, found[scored.beginning])
                 if scored.missing:
                     scored = await once(index, False)
             return {"logprobs": pack(scored.answer())}

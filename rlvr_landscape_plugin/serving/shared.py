@@ -29,6 +29,11 @@ class Scored:
     """log π of `tokens[1:]`, float32, nat. That of token t means nothing unless t > `cached`."""
 
     @property
+    def beginning(self) -> bytes:
+        """What comes before `first`; only sequences with the same one are asked for what is missing."""
+        return self.tokens[: self.first].tobytes()
+
+    @property
     def missing(self) -> range:
         """Tokens whose log π is asked for and was not computed; token t needs the output of token t − 1."""
         return range(self.first, min(self.cached + 1, len(self.tokens)))
@@ -40,10 +45,10 @@ class Scored:
         return answer
 
 
-def completed(one: Scored, call: Sequence[Scored]) -> Scored:
-    """`one` with its missing tokens taken from others of the call; as it is where one of them is in none."""
+def completed(one: Scored, others: Sequence[Scored]) -> Scored:
+    """`one` with its missing tokens taken from others of its call; as it is where one of them is in none."""
     logprobs, known = one.logprobs.copy(), np.zeros(len(one.tokens), dtype=bool)
-    for other in call:
+    for other in others:
         length = min(len(one.tokens), len(other.tokens))
         differ = np.flatnonzero(one.tokens[:length] != other.tokens[:length])
         alike = int(differ[0]) if len(differ) else length

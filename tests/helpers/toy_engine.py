@@ -255,6 +255,29 @@ def stand_ins() -> dict[str, ModuleType]:
     return modules
 
 
+async def routes_of(engine: Engine) -> tuple[Any, Any]:
+    """The real routes in front of an engine, and the application that has them; vLLM's modules are `stand_ins`."""
+    from fastapi import FastAPI
+
+    from rlvr_landscape_plugin.serving.endpoint import LandscapeEndpoint
+
+    routes, app = LandscapeEndpoint(), FastAPI()
+    routes.attach_router(app)
+    await routes.init_state(engine, None, SimpleNamespace())  # type: ignore[arg-type]
+    return routes, app
+
+
+def client_of(app: Any) -> Any:
+    """A client that calls the routes of `app` without a network."""
+    import httpx
+
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=app),
+        base_url="http://server/landscape",
+        headers={"Authorization": "Bearer token"},
+    )
+
+
 def main(control: Path, roots: list[Path], dtype: str, slow: float, development: str = "") -> None:
     """Serve a `ToyEngine` on a free port of loopback until the process ends.
 
@@ -262,9 +285,6 @@ def main(control: Path, roots: list[Path], dtype: str, slow: float, development:
     development mode in its environment.
     """
     import uvicorn
-    from fastapi import FastAPI
-
-    from rlvr_landscape_plugin.serving.endpoint import LandscapeEndpoint
 
     sys.modules.update(stand_ins())
     os.environ |= {TOKEN_VARIABLE: TOKEN, ROOTS_VARIABLE: os.pathsep.join(map(str, roots))}
@@ -272,9 +292,7 @@ def main(control: Path, roots: list[Path], dtype: str, slow: float, development:
     tempfile.tempdir = str(control / "tmp")
 
     async def serve() -> None:
-        routes, app = LandscapeEndpoint(), FastAPI()
-        routes.attach_router(app)
-        await routes.init_state(ToyEngine(control, dtype, slow), None, SimpleNamespace())  # type: ignore[arg-type]
+        _, app = await routes_of(ToyEngine(control, dtype, slow))
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
         task = asyncio.create_task(server.serve())
         while not server.started:

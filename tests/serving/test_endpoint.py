@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,11 +14,10 @@ import pytest
 
 pytest.importorskip("fastapi", reason="fastapi comes with vLLM")
 
-from fastapi import FastAPI
-from toy_engine import TOKENS, Engine, Request, stand_ins
+from toy_engine import TOKENS, Engine, Request, client_of, routes_of, stand_ins
 
 from rlvr_landscape_plugin.config import ServerConfig
-from rlvr_landscape_plugin.serving import access, endpoint
+from rlvr_landscape_plugin.serving import access
 from rlvr_landscape_plugin.serving.launch import command, environment
 from rlvr_landscape_plugin.serving.protocol import (
     LOGPROBS_MODE,
@@ -43,14 +41,9 @@ def serve(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
     async def start(**options: Any) -> tuple[httpx.AsyncClient, Engine]:
-        engine, routes, app = Engine(**options), endpoint.LandscapeEndpoint(), FastAPI()
-        routes.attach_router(app)
-        await routes.init_state(engine, None, SimpleNamespace())  # type: ignore[arg-type]
-        return httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=app),
-            base_url="http://server/landscape",
-            headers={"Authorization": "Bearer token"},
-        ), engine
+        engine = Engine(**options)
+        _, app = await routes_of(engine)
+        return client_of(app), engine
 
     return start
 

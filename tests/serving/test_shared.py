@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -81,10 +80,8 @@ def test_a_token_is_taken_only_from_a_sequence_that_computed_it_after_the_same_t
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
     """`client, engine = await serve()`: the routes in front of a toy engine whose prefix cache works as vLLM's."""
-    fastapi = pytest.importorskip("fastapi", reason="fastapi comes with vLLM")
-    from toy_engine import ToyEngine, stand_ins
-
-    from rlvr_landscape_plugin.serving import endpoint
+    pytest.importorskip("fastapi", reason="fastapi comes with vLLM")
+    from toy_engine import ToyEngine, client_of, routes_of, stand_ins
 
     monkeypatch.setenv(TOKEN_VARIABLE, "token")
     monkeypatch.setenv(ROOTS_VARIABLE, str(tmp_path))
@@ -92,15 +89,10 @@ def serve(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
     async def start(**options: Any) -> tuple[httpx.AsyncClient, Any]:
-        toy, routes, app = ToyEngine(tmp_path, **options), endpoint.LandscapeEndpoint(), fastapi.FastAPI()
-        routes.attach_router(app)
-        await routes.init_state(toy, None, SimpleNamespace())  # type: ignore[arg-type]
+        toy = ToyEngine(tmp_path, **options)
+        routes, app = await routes_of(toy)
         routes._state, routes._version = "clean", toy.version
-        return httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=app),
-            base_url="http://server/landscape",
-            headers={"Authorization": "Bearer token"},
-        ), toy
+        return client_of(app), toy
 
     return start
 
@@ -139,12 +131,12 @@ async def test_what_was_sampled_before_is_scored_again_and_not_taken_for_a_score
         np.testing.assert_array_equal(logprobs[first - 1 :], toy.policy.score(tokens)[first - 1 :])
 
 
-@pytest.mark.parametrize("first", [True, False])
-async def test_nothing_is_shared_unless_it_is_known_to_be_computed_once(serve, first):
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_nothing_is_shared_in_chunks_or_unless_asked_for(serve, chunked):
     """A prompt that is computed in chunks can be put off and found in the cache later, which no answer says."""
-    client, toy = await serve(chunked=first)
+    client, toy = await serve(chunked=chunked)
     sequences, at = completions(toy, 6)
-    for tokens, logprobs in zip(sequences, await score(client, sequences, [at] * 6 if first else []), strict=True):
+    for tokens, logprobs in zip(sequences, await score(client, sequences, [at] * 6 if chunked else []), strict=True):
         np.testing.assert_array_equal(logprobs[at - 1 :], toy.policy.score(tokens)[at - 1 :])
     assert toy.computed == sum(map(len, sequences))
 

@@ -355,10 +355,10 @@ def chosen_figures(folder: Path, name: str) -> list[tuple[str, str]]:
 
 
 def stage_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """What was run, in the order in which it was."""
+    """What was run, in the order in which it was; not what was only begun, of which no time is known."""
     rows = []
     for name, entry in record.items():
-        if name == "page":
+        if name == "page" or not (entry["done"] or entry["seconds"]):
             continue
         state = f"{entry['seconds'] / 60:.1f}" + ("" if entry["done"] else " (not finished)")
         rollouts = f"{entry['rollouts']:,}" if "rollouts" in entry else ""

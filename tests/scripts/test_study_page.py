@@ -82,6 +82,7 @@ def out(tmp_path_factory):
     write_training(root / "grpo-9" / "run", "grpo-9", 0.9)
     stages = {"start": entry, **{f"train-{name}": entry for name in GAINS}}
     stages |= {name: entry | {"done": False} for name in ("path-grpo-1", "train-grpo-9")}
+    stages["grid-of-an-older-plan"] = entry | {"done": False, "seconds": 0.0}
     (root / "record.json").write_text(json.dumps({"stages": stages}))
     folder = root / "grpo-0" / "grid_wide"
     folder.mkdir()
@@ -103,6 +104,7 @@ def test_the_page_names_what_is_missing(page):
     done = 1 + len(GAINS)
     assert f"{done} stages, {done},000 rollouts, {(done + 2) * 90 / 3600:.1f} hours on 2 cores, commit abc." in text
     assert "| path-grpo-1 | measured | 1.5 (not finished) |" in text
+    assert "grid-of-an-older-plan" not in text
 
 
 def test_slices_are_drawn_and_their_plain_correlation_is_given_by_range(page, out):

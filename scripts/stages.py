@@ -31,6 +31,8 @@ from rlvr_landscape_plugin.files import digest, replace_text
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "record.json"
 LOGS = "logs"
+BEAT = 60.0
+"""Seconds after which the record is told again how long a stage has run."""
 
 
 @dataclass(frozen=True)
@@ -258,13 +260,14 @@ class Study:
             "commit": _commit(),
         }
         spent = entry["seconds"]
-        # A kill leaves no time to say that it was begun.
-        self._keep(stage.name, entry)
-        try:
-            code = next((code for command in stage.commands if (code := self._run(command, share))), 0)
-        finally:
+
+        def keep_time() -> None:
             entry["seconds"] = round(spent + time.monotonic() - begun, 1)
             self._keep(stage.name, entry)
+
+        # A kill leaves no time to say that it was begun, and how long it ran.
+        with _every(BEAT, keep_time):
+            code = next((code for command in stage.commands if (code := self._run(command, share))), 0)
         absent = stage.missing()
         if code or absent:
             why = f"exit code {code}" if code else f"{absent[0]} is missing"
@@ -280,6 +283,26 @@ class Study:
         with self._writing:
             self.record["stages"][name] = entry
             replace_text(self._file, [json.dumps(self.record, indent=1) + "\n"])
+
+
+@contextlib.contextmanager
+def _every(seconds: float, do: Callable[[], None]) -> Iterator[None]:
+    """Call `do` at the beginning, then every so many seconds from a thread, and once more at the end."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(seconds):
+            do()
+
+    do()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        do()
 
 
 def _commit() -> str:

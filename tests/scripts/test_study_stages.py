@@ -178,6 +178,20 @@ def test_two_studies_do_not_share_an_output(study, run, tmp_path):
     assert "another study runs in" in said
 
 
+def test_a_stage_that_is_killed_has_left_its_time(study, machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["stages"], "BEAT", 0.01)
+    seen = []
+
+    def command(arguments, share=None):
+        deadline = time.monotonic() + 20
+        while not seen and time.monotonic() < deadline:
+            seen.extend(entry["seconds"] for entry in recorded(tmp_path).values() if entry["seconds"] > 0)
+        return machine(arguments, share)
+
+    assert study.main(["start", "--short", "--output", str(tmp_path / "out")], run=command) == 0
+    assert seen, "the record is told while a stage runs, not only at its end"
+
+
 def test_seconds_of_interrupted_attempts_add_up(study, run, machine, tmp_path, monkeypatch):
     clock = iter(np.arange(0.0, 1000.0, 5.0))
     monkeypatch.setattr(sys.modules["stages"].time, "monotonic", lambda: float(next(clock)))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 from rlvr_landscape_analysis.designs import open_design
 from rlvr_landscape_analysis.errors import AnalysisError
@@ -128,6 +129,25 @@ def step_seconds(metrics: Path) -> list[tuple[str, str]]:
     ]
 
 
+POINT_SECONDS = ("seconds_move", "seconds_score", "seconds_sample")
+
+
+def point_seconds(out: Path) -> list[tuple[str, ...]]:
+    """Where the time of a measured policy goes, by dataset: medians over its policies, and minutes of all together."""
+    rows = []
+    for folder in (*DESIGNS, GRID):
+        for file in sorted((out / RUN / folder).glob("*_step*.nc")):
+            with xr.open_dataset(file) as data:
+                if not set(POINT_SECONDS) <= set(data.data_vars):
+                    continue
+                parts = [data[name].values.ravel() for name in POINT_SECONDS]
+                what = f"{folder.partition('_')[0]} of step {int(data['step'])}"
+                sizes = f"{data.sizes['prompt']} × {data.sizes['rollout']}"
+            medians = (f"{float(np.median(part)):.1f}" for part in parts)
+            rows.append((what, str(len(parts[0])), sizes, *medians, f"{float(sum(map(np.sum, parts))) / 60:.1f}"))
+    return rows
+
+
 def small_policy(out: Path, page: Path) -> dict[str, Any] | None:
     """What was measured around the policy of tiny-sorter's size; None before slice, census and boundary are done."""
     folder = out / TINY
@@ -204,6 +224,7 @@ def make_page(out: Path, page: Path, expected: Sequence[str] = ()) -> Path:
             boundaries=[(row[0], *row[2:]) for row in boundary_rows(data)],
             check=_json(out / RUN / CHECK, "") if (out / RUN / CHECK).is_file() else None,
             tiny=small_policy(out, page),
+            point_seconds=point_seconds(out),
             stages_table=stage_rows(data.record),
         )
     )

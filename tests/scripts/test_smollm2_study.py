@@ -129,6 +129,9 @@ def out(tmp_path_factory):
         "boundary/boundary_step000000.nc": synthetic_designs.boundary(np.full(64, 0.3), rollouts=32, step=0),
         "boundary/boundary_step000040.nc": synthetic_designs.boundary(np.full(64, 0.5), rollouts=32, step=40),
     }
+    for name, seconds in (("move", 0.5), ("score", 2.0), ("sample", 3.5)):
+        around = made["census/census_step000040.nc"]
+        around[f"seconds_{name}"] = xr.full_like(around["reward"].isel(prompt=0, rollout=0, drop=True), seconds)
     for name, data in made.items():
         (root / "grpo" / name).parent.mkdir(exist_ok=True)
         data.to_netcdf(root / "grpo" / name)
@@ -178,6 +181,7 @@ def test_the_page_says_what_was_measured_and_can_be_made_from_its_own_data(page_
     assert (page / "grpo" / "figures" / "grpo_frontier_step000040.png").is_file()
     assert "No 2-D slice has been measured yet." in text
     assert "500 steps of 64 worked solutions of easy problems" in text
+    assert f"| census of step 40 | {8 * 2 * 2} | 64 × 2 | 0.5 | 2.0 | 3.5 | {32 * 6 / 60:.1f} |" in text
     boundary = xr.load_dataset(out / "tiny" / "boundary" / "boundary_step000000.nc")
     assert f"| 1 | {float((boundary['base_reward'] >= 0.99).mean()):.3f} [" in text
     assert (page / "tiny" / "landscape_step000000_slice0.png").is_file()

@@ -7,6 +7,7 @@ import pytest
 import xarray as xr
 from rlvr_landscape_analysis import AnalysisError, synthetic_designs
 from rlvr_landscape_analysis.designs import census_points
+from rlvr_landscape_analysis.evidence import RunEvidence, analyse_evidence
 from rlvr_landscape_analysis.statistics.path import (
     compared_position,
     path,
@@ -95,6 +96,18 @@ def test_a_position_that_failed_is_left_out_and_a_prompt_too():
     found = path(data)
     assert np.isnan(found["kl"].sel(path="a", position=0.0))
     assert found["kl"].sel(path="b").notnull().all()
+
+
+@pytest.mark.parametrize("prompts", [16, 128])
+def test_a_path_on_more_or_fewer_tasks_than_the_census_is_shown_alone_and_a_note_says_why(prompts):
+    around, along = synthetic_designs.census(radii=RADII), synthetic_designs.path({"a": PathTruth()}, prompts=prompts)
+    with pytest.raises(AnalysisError, match="different prompts"):
+        prompts_of(along, census_points([around])[0])
+    found = analyse_evidence(RunEvidence("run", {10: around}, {10: along}))
+    (note,) = [note for note in found.notes if "path of step 10 is not compared with the census" in note]
+    assert f"measured on {prompts} prompts and the census on 64" in note
+    assert found.path[10].attrs["prompts"] == prompts
+    assert found.path[10]["advantage"].isnull().all()
 
 
 def test_path_and_census_must_belong_together():

@@ -323,5 +323,15 @@ def compared_position(along: xr.Dataset, target: float = -1.0, value: str = "adv
 
 
 def prompts_of(data: xr.Dataset, points: CensusPoints) -> np.ndarray:
-    """Which prompts of a dataset a census's arrays hold, bool (all prompts,)."""
-    return np.frombuffer(points.prompts_key[2], dtype=bool)[: data.sizes[PROMPT]]
+    """Which prompts of a dataset a census's arrays hold, bool (all prompts,).
+
+    Raises `AnalysisError` where the two were measured on different prompts.
+    """
+    _, measured, kept = points.prompts_key
+    own, count = str(data.attrs.get("prompts_sha256")), data.sizes[PROMPT]
+    if own != measured or count != points.all_prompts:
+        raise AnalysisError(
+            f"the path was measured on {count} prompts and the census on {points.all_prompts} different prompts "
+            "(prompts_sha256 differs); measure both on the same tasks"
+        )
+    return np.frombuffer(kept, dtype=bool)

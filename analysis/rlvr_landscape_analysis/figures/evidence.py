@@ -79,7 +79,10 @@ def frontier(census: xr.Dataset, path: xr.Dataset | None = None, ax: Axes | None
     if len(order):
         # Near the checkpoint an estimate of KL is noise, which may be any number of decades below the mean.
         ax.set_xlim(left=0.3 * kl[order][0])
-    out["legend"] = ax.legend(loc="best", frameon=True, framealpha=0.85, edgecolor="none")
+    # Above the axes: inside, it would cover a part of the band, which often fills them.
+    out["legend"] = ax.legend(
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, columnspacing=1.2, borderaxespad=0.2
+    )
     return out
 
 

@@ -179,6 +179,9 @@ def test_the_page_says_what_was_measured_and_can_be_made_from_its_own_data(page_
     assert "The last interval lies above 0." in text
     assert "| 0.01 | 16 | 0.500000 | 0.500002 | 2.0e-06 |" in text
     assert (page / "grpo" / "figures" / "grpo_frontier_step000040.png").is_file()
+    (way,) = [line for line in text.splitlines() if line.startswith("| grpo | 40 | displacement, ")]
+    (names,) = [line for line in text.splitlines() if line.startswith("| run | from step ")]
+    assert way.count("|") == names.count("|")
     assert "No 2-D slice has been measured yet." in text
     assert "500 steps of 64 worked solutions of easy problems" in text
     assert f"| census of step 40 | {8 * 2 * 2} | 64 × 2 | 0.5 | 2.0 | 3.5 | {32 * 6 / 60:.1f} |" in text

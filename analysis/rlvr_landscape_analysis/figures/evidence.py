@@ -81,7 +81,7 @@ def frontier(census: xr.Dataset, path: xr.Dataset | None = None, ax: Axes | None
         ax.set_xlim(left=0.3 * kl[order][0])
     # Above the axes: inside, it would cover a part of the band, which often fills them.
     out["legend"] = ax.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, columnspacing=1.2, borderaxespad=0.2
+        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, columnspacing=1.2, borderaxespad=0.2
     )
     return out
 

@@ -36,7 +36,7 @@ from rlvr_landscape_analysis.statistics.diagnostics import entropy_law, two_stag
 from rlvr_landscape_analysis.statistics.path import compared_position
 from rlvr_landscape_analysis.statistics.ranges import plain_by_range
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
-from rlvr_landscape_analysis.statistics.wording import number, sampled, signed
+from rlvr_landscape_analysis.statistics.wording import number, sampled, signed, three_digits
 from rlvr_landscape_analysis.study import write_study
 from rlvr_landscape_analysis.trainer_log import open_training, write
 from scipy import stats
@@ -273,17 +273,12 @@ def frontier_rows(analyses: Sequence[EvidenceAnalysis]) -> list[tuple[str, ...]]
                     f"{path}, {signed(float(here['position']))}",
                     f"{float(here['kl']):.2g}",
                     number(advantage, bounds[0], digits=3),
-                    f"{_plain(ratio)} [{_plain(bounds[1][0])}, {_plain(bounds[1][1])}]"
+                    f"{three_digits(ratio)} [{three_digits(bounds[1][0])}, {three_digits(bounds[1][1])}]"
                     if np.isfinite(ratio)
                     else "not defined",
                 )
             )
     return rows
-
-
-def _plain(value: float) -> str:
-    """Three digits, and none after the point from 100 on."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def boundary_rows(data: Data) -> list[tuple[str, ...]]:

@@ -173,3 +173,9 @@ def test_a_census_is_checked():
         census(data.drop_vars("base_reward"))
     with pytest.raises(AnalysisError, match="both ways"):
         census(data.isel(sign=[0]))
+
+
+def test_what_does_not_vary_is_named():
+    truth = CensusTruth(correlation=0.0, spread=0.0, kl=8.0)
+    flat = synthetic_designs.census(truth, pairs=8, prompts=32, radii=(1.0, 10.0), rollouts=2, seed=1)
+    assert str(census(flat)["reason"][1].item()) == "the reward does not vary over directions beyond noise"

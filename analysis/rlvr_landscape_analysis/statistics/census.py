@@ -70,13 +70,13 @@ def _scale(values: np.ndarray) -> float:
 
 
 def pooled_correlation(
-    moments: Sequence[TwoWay], weights: Sequence[np.ndarray], confidence: float = 0.95
+    moments: Sequence[TwoWay], weights: Sequence[np.ndarray], confidence: float = 0.95, second: str = "reward"
 ) -> Correlation:
     """One correlation of several radii or snapshots: Σ w U_xy / √(Σ w U_xx · Σ w U_yy), with its interval.
 
     Radii where the reward varies more beyond noise weigh more, as in a pooled within-group correlation. The interval
     holds the values ρ that Σ w U_xy − ρ √(…) = 0 does not rule out (Fieller), so it is [−1, 1] where nothing varies
-    beyond noise.
+    beyond noise. `second` is what the second quantity is called where this is so.
     """
     parts = [one * np.asarray(w, float)[:, None] for one, w in zip(moments, weights, strict=True)]
     total = [part.total() for part in parts]
@@ -84,7 +84,7 @@ def pooled_correlation(
     uxx, uxy, uyy = whole.value
     numerator = whole[1]
     if uxx <= 0 or uyy <= 0:
-        name = "KL" if uxx <= 0 else "the second quantity"
+        name = "KL" if uxx <= 0 else f"the {second}"
         return Correlation(np.nan, (-1.0, 1.0), None, numerator, f"{name} does not vary over directions beyond noise")
     size = float(np.sqrt(uxx * uyy))
     denominator = whole.linear(np.array([size / 2 / uxx, 0.0, size / 2 / uyy]), value=size)
@@ -167,7 +167,7 @@ def census(
             continue
         moments = pair_moments(points, pair)
         for r in range(radii):
-            found = pooled_correlation([moments], [np.eye(radii)[r]], confidence)
+            found = pooled_correlation([moments], [np.eye(radii)[r]], confidence, members[1])
             out["correlation"][r, p] = found.value
             out["correlation_interval"][r, p] = found.interval
             out["reliability"][r, p] = np.clip(moments.value[r, [0, 2]], 0, 1)

@@ -158,7 +158,7 @@ def claim_t1(
         f"{correlation(level.value, level.interval, settings)}."
     )
     if level.reason:
-        sentence += f" ({level.reason}.)"
+        sentence += f" ({level.reason[:1].upper()}{level.reason[1:]}.)"
     compared, margins = [], [(level.influence, abs(level.value + NEGLIGIBLE))]
     for what, other, base in (
         ("step 0 at the same radii", *against_start(used, chosen, settings.level)),

@@ -33,7 +33,7 @@ def frontier_words(analyses: Sequence[EvidenceAnalysis]) -> str:
                     f"{number(float(here['advantage']), (low, high), digits=3)}"
                 )
                 if np.isfinite(ratio):
-                    words += f", and KL per squared length is {ratio:.3g} times theirs"
+                    words += f", and KL per squared length is {three_digits(ratio)} times theirs"
                 parts.append(words + ".")
                 break
             if parts:
@@ -100,6 +100,11 @@ def correlation(
     if interval[0] <= -terms and interval[1] >= terms:
         return "unknown"
     return number(value, interval, settings)
+
+
+def three_digits(value: float) -> str:
+    """Three digits, and none after the point from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def signed(value: float, digits: int = 2) -> str:

@@ -207,8 +207,7 @@ class _Stages:
             files = ("@", "configs/smollm2/tasks.toml", "@", f"configs/smollm2/{configuration}.toml")
             command = ("-m", "rlvr_landscape_plugin.sweep", *files, "--output", str(target))
             command += ("--snapshots", json.dumps([str(warm)]))
-            for key, value in EASY.items():
-                command += (f"--env.taskset.{key}", json.dumps(value))
+            command += ("--env.taskset", taskset)
             commands.append((*command, *self.size.options.get(configuration, ())))
             design = configuration.partition("_")[0]
             found.append(target / (landscape_file(0, 0) if design == "grid" else design_file(0, design)))

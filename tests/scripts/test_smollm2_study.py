@@ -73,6 +73,8 @@ def test_rollouts_of_a_continued_run_are_counted_once(study, tmp_path):
 
 @pytest.mark.parametrize("size", ["FULL", "SHORT"])
 def test_configurations_are_valid_and_stages_take_an_hour_at_most(study, size, tmp_path):
+    from rlvr_word_problems.taskset import WordProblemsConfig
+
     from rlvr_landscape_plugin.config import SweepConfig, TrainConfig, load_config
 
     kinds = {"rlvr_landscape_plugin.trl": TrainConfig, "rlvr_landscape_plugin.sweep": SweepConfig}
@@ -84,6 +86,7 @@ def test_configurations_are_valid_and_stages_take_an_hour_at_most(study, size, t
             config = load_config(command[2:], kinds[command[1]])
             seen.add(type(config))
             assert config.env.id == "rlvr-word-problems"
+            WordProblemsConfig(id=config.env.id, **config.env.taskset)
     assert seen == {TrainConfig, SweepConfig}
 
 

@@ -130,6 +130,8 @@ def open_environment(
         raise TasksetError(f"taskset {env_id!r} (env.id) is not installed: {error}") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        if any(isinstance(item["input"], str) and item["input"][:1] in ("[", "{") for item in error.errors()):
+            problems += """; on a command line a list or a table is given so: --env.taskset '{"key": ["a", "b"]}'"""
         raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset, env.options): {problems}") from error
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         if _is_v0(env_id):

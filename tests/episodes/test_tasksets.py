@@ -104,6 +104,14 @@ def test_an_environment_that_no_sweep_can_drive_is_refused(env_id, message):
         open_environment(env_id, {})
 
 
+def test_a_list_as_text_is_refused_with_the_way_to_give_it():
+    with pytest.raises(TasksetError, match=r"operations.*valid list.*--env\.taskset '\{"):
+        open_environment("rlvr-word-problems", {"operations": '["add"]'})
+    with pytest.raises(TasksetError) as caught:
+        open_environment("rlvr-word-problems", {"largest": "many"})
+    assert "on a command line" not in str(caught.value)
+
+
 # The role has the name that its author gave it
 
 

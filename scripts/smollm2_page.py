@@ -26,7 +26,7 @@ from rlvr_landscape_analysis.schema import EVALUATIONS_FILE, METRICS_FILE, RUN_F
 from rlvr_landscape_analysis.statistics.boundary import boundary
 from rlvr_landscape_analysis.statistics.census import census
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
-from rlvr_landscape_analysis.statistics.wording import number, sampled
+from rlvr_landscape_analysis.statistics.wording import correlation, number, sampled
 from rlvr_landscape_analysis.study import write_study
 from rlvr_landscape_analysis.trainer_log import open_training, write
 
@@ -122,11 +122,15 @@ def step_seconds(metrics: Path) -> list[tuple[str, str]]:
         "seconds_rollouts": "episodes",
         "seconds_forward": "forward pass of the update",
     }
-    return [
-        (words, f"{sum(line[name] for line in lines) / len(lines):.1f}")
+    means = {
+        words: sum(line[name] for line in lines) / len(lines)
         for name, words in names.items()
         if lines and all(name in line for line in lines)
-    ]
+    }
+    if len(means) == len(names):
+        whole, *parts = means.values()
+        means["the rest: backward passes, optimizer, files"] = whole - sum(parts)
+    return [(words, f"{seconds:.1f}") for words, seconds in means.items()]
 
 
 POINT_SECONDS = ("seconds_move", "seconds_score", "seconds_sample")
@@ -160,13 +164,18 @@ def small_policy(out: Path, page: Path) -> dict[str, Any] | None:
     for at in range(around.sizes["radius"]):
         here = around.isel(radius=at)
         cells = [f"{float(here['relative']):.3g}", f"{float(here['kl']):.2g}"]
-        for name, digits in (("change", 3), ("correlation", 2), ("density", 2)):
-            one = here.sel(pair="kl_reward") if "pair" in here[name].dims else here
-            bounds = tuple(float(value) for value in one[f"{name}_interval"].values)
-            cells.append(number(float(one[name]), bounds, digits=digits))
+        cells.append(number(float(here["change"]), tuple(map(float, here["change_interval"].values)), digits=3))
+        one = here.sel(pair="kl_reward")
+        low, high = map(float, one["correlation_interval"].values)
+        cells.append(correlation(float(one["correlation"]), (low, high)))
+        low, high = map(float, here["density_interval"].values)
+        shares = [f"{100 * value:.0f}" for value in (float(here["density"]), low, high)]
+        unknown = shares[0] == "nan" or shares[1:] == ["0", "100"]
+        cells.append("unknown" if unknown else "{} % [{}, {}]".format(*shares))
         rows.append(tuple(cells))
     pass_at = [
-        (int(k), f"{float(value):.3f} [{float(low):.3f}, {float(high):.3f}]")
+        # The interval of a mean knows no upper end of a share.
+        (int(k), f"{float(value):.3f} [{max(float(low), 0.0):.3f}, {min(float(high), 1.0):.3f}]")
         for k, value, (low, high) in zip(
             solved["k"].values, solved["pass_at_k"].values, solved["pass_at_k_interval"].values, strict=True
         )

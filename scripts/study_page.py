@@ -127,7 +127,10 @@ def keep(data: Data, target: Path) -> None:
 
 
 def copy_files(files: Sequence[Path], out: Path, target: Path) -> None:
-    """Copy those that are there to the same places below `target`; datasets may be packed closer."""
+    """Copy those that are there to the same places below `target`; datasets may be packed closer.
+
+    Where the outputs lay on the machine that made them is left out of records: it says OUTPUT there.
+    """
     for file in files:
         if file.is_file():
             copy = target / file.relative_to(out)
@@ -135,7 +138,7 @@ def copy_files(files: Sequence[Path], out: Path, target: Path) -> None:
             if file.suffix == ".nc":
                 _pack(file, copy)
             else:
-                shutil.copyfile(file, copy)
+                copy.write_bytes(file.read_bytes().replace(os.fsencode(out.resolve()), b"OUTPUT"))
 
 
 def _pack(file: Path, copy: Path) -> None:

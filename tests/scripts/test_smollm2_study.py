@@ -117,7 +117,8 @@ def out(tmp_path_factory):
         {"step": s, "reward": 0.3, "entropy": 0.5, "task_rewards": list(start + 0.2 * s / 40 + rng.normal(0, 0.01, 64))}
         for s in (0, 20, 40)
     ]
-    lines = [{"step": s, "entropy": 0.5, "reward": 0.3, "seconds": 30.0, "seconds_push": 3.0} for s in range(1, 41)]
+    seconds = {"seconds": 30.0, "seconds_push": 3.0, "seconds_rollouts": 6.0, "seconds_forward": 5.0}
+    lines = [{"step": s, "entropy": 0.5, "reward": 0.3, **seconds} for s in range(1, 41)]
     for file, rows in (("evaluations", looks), ("metrics", lines)):
         (run / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     truth = CensusTruth(correlation=0.0, spread=0.06)
@@ -162,6 +163,7 @@ def out(tmp_path_factory):
         "commit": "abc",
         "rollouts": 9,
         "seeds": [0],
+        "commands": [f"python scripts/warm_start.py --out {root}/warm"],
     }
     (root / "record.json").write_text(json.dumps({"stages": {"warm": entry, "train-40": entry}}))
     return root
@@ -187,10 +189,16 @@ def test_the_page_says_what_was_measured_and_can_be_made_from_its_own_data(page_
     assert way.count("|") == names.count("|")
     assert "No 2-D slice has been measured yet." in text
     assert "500 steps of 64 worked solutions of easy problems" in text
+    assert "| the rest: backward passes, optimizer, files | 16.0 |" in text
+    shares = text.split("| k | pass@k, 64 tasks |")[1].split("\n\n")[0].splitlines()[2:]
+    assert all(float(row.rstrip("]| ").rsplit(" ", 1)[1]) <= 1 for row in shares)
     assert f"| census of step 40 | {8 * 2 * 2} | 64 × 2 | 0.5 | 2.0 | 3.5 | {32 * 6 / 60:.1f} |" in text
     boundary = xr.load_dataset(out / "tiny" / "boundary" / "boundary_step000000.nc")
     assert f"| 1 | {float((boundary['base_reward'] >= 0.99).mean()):.3f} [" in text
     assert (page / "tiny" / "landscape_step000000_slice0.png").is_file()
+    kept = (page / "data" / "record.json").read_text()
+    assert "--out OUTPUT/warm" in kept
+    assert str(out) not in kept
     assert page_command.main([str(page / "data"), "--page", str(tmp_path / "again")]) == 0
     again = (tmp_path / "again" / "README.md").read_text()
     assert again.split("## Training")[1] == text.split("## Training")[1]

@@ -26,7 +26,7 @@ from rlvr_landscape_analysis.schema import EVALUATIONS_FILE, METRICS_FILE, RUN_F
 from rlvr_landscape_analysis.statistics.boundary import boundary
 from rlvr_landscape_analysis.statistics.census import census
 from rlvr_landscape_analysis.statistics.resample import Bootstrap
-from rlvr_landscape_analysis.statistics.wording import correlation, number, sampled
+from rlvr_landscape_analysis.statistics.wording import correlation, number, sampled, says_something
 from rlvr_landscape_analysis.study import write_study
 from rlvr_landscape_analysis.trainer_log import open_training, write
 
@@ -53,6 +53,7 @@ DESIGNS = ("census_start", "census", "path", "boundary")
 GRID, CHECK, WARM = "grid", "kl_check.json", "warm_start.json"
 TINY = "tiny"
 """Directory of the small policy."""
+POINT_SECONDS = ("seconds_move", "seconds_score", "seconds_sample")
 
 
 def read(out: Path) -> Data:
@@ -133,9 +134,6 @@ def step_seconds(metrics: Path) -> list[tuple[str, str]]:
     return [(words, f"{seconds:.1f}") for words, seconds in means.items()]
 
 
-POINT_SECONDS = ("seconds_move", "seconds_score", "seconds_sample")
-
-
 def point_seconds(out: Path) -> list[tuple[str, ...]]:
     """Where the time of a measured policy goes, by dataset: medians over its policies, and minutes of all together."""
     rows = []
@@ -168,10 +166,9 @@ def small_policy(out: Path, page: Path) -> dict[str, Any] | None:
         one = here.sel(pair="kl_reward")
         low, high = map(float, one["correlation_interval"].values)
         cells.append(correlation(float(one["correlation"]), (low, high)))
-        low, high = map(float, here["density_interval"].values)
-        shares = [f"{100 * value:.0f}" for value in (float(here["density"]), low, high)]
-        unknown = shares[0] == "nan" or shares[1:] == ["0", "100"]
-        cells.append("unknown" if unknown else "{} % [{}, {}]".format(*shares))
+        shares = (float(here["density"]), *map(float, here["density_interval"].values))
+        known = bool(says_something(here, "density", 1.0))
+        cells.append("{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * share for share in shares)) if known else "unknown")
         rows.append(tuple(cells))
     pass_at = [
         # The interval of a mean knows no upper end of a share.

@@ -78,7 +78,7 @@ FULL = Size(
     snapshots="0-2, 5, 10, 20",
     chunks=(5, 10, 20),
     around=(10, 20),
-    tiny=("--steps", "100", "--batch", "64", "--lr", "2e-3"),  # with 140 it solves every problem
+    tiny=("--steps", "100", "--batch", "64", "--lr", "2e-3"),  # later, little is left to learn
 )
 _FEW = ("--env.num_prompts", "8")
 SHORT = Size(

@@ -129,8 +129,9 @@ def open_environment(
     except ModuleNotFoundError as error:
         raise TasksetError(f"taskset {env_id!r} (env.id) is not installed: {error}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        if any(isinstance(item["input"], str) and item["input"][:1] in ("[", "{") for item in error.errors()):
+        found = error.errors()
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in found)
+        if any(isinstance(item["input"], str) and item["input"].startswith(("[", "{")) for item in found):
             problems += """; on a command line a list or a table is given so: --env.taskset '{"key": ["a", "b"]}'"""
         raise TasksetError(f"taskset {env_id!r} refuses its options (env.taskset, env.options): {problems}") from error
     except (ImportError, ValueError, TypeError, AttributeError) as error:

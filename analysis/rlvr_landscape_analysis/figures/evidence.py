@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.figures.style import (
+    LEGEND_ABOVE,
     NOTE_SIZE,
     PAGE_INCHES,
     SERIES,
@@ -29,6 +30,7 @@ from rlvr_landscape_analysis.figures.style import (
 from rlvr_landscape_analysis.results import PAIR_NAMES
 from rlvr_landscape_analysis.statistics.claims import NEGLIGIBLE
 from rlvr_landscape_analysis.statistics.path import compared_position
+from rlvr_landscape_analysis.statistics.wording import says_something
 
 CLOUD, CLOUD_MEAN = "0.72", "0.35"
 """Greys of random directions: the policies, and their mean."""
@@ -79,10 +81,8 @@ def frontier(census: xr.Dataset, path: xr.Dataset | None = None, ax: Axes | None
     if len(order):
         # Near the checkpoint an estimate of KL is noise, which may be any number of decades below the mean.
         ax.set_xlim(left=0.3 * kl[order][0])
-    # Above the axes: inside, it would cover a part of the band, which often fills them.
-    out["legend"] = ax.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, columnspacing=1.2, borderaxespad=0.2
-    )
+    # The band often fills the axes.
+    out["legend"] = ax.legend(ncols=2, **LEGEND_ABOVE)
     return out
 
 
@@ -152,7 +152,7 @@ def correlation_by_radius(
     ax.set_ylabel(f"correlation of {PAIR_NAMES.get(pair, pair)}\nover directions, noise taken out")
     out = _radius_frame(censuses, against, ax)
     out["unknown"] = {}
-    known = {step: _says_something(data.sel(pair=pair), "correlation", 2.0) for step, data in censuses.items()}
+    known = {step: says_something(data.sel(pair=pair), "correlation", 2.0) for step, data in censuses.items()}
     if not any(bool(mask.any()) for mask in known.values()):
         out["message"] = say_missing(ax, "no radius where reward varies over directions beyond noise", axes="xy")
         return out
@@ -191,7 +191,7 @@ def density_by_radius(censuses: Mapping[int, xr.Dataset], against: str = "", ax:
         _, ax = new_figure(aspect=0.8)
     ax.set_ylabel("share of directions that improve reward")
     out = _radius_frame(censuses, against, ax)
-    known = {step: _says_something(data, "density", 1.0) for step, data in censuses.items()}
+    known = {step: says_something(data, "density", 1.0) for step, data in censuses.items()}
     if not any(bool(mask.any()) for mask in known.values()):
         out["message"] = say_missing(ax, "no radius where reward varies over directions beyond noise", axes="xy")
         return out
@@ -343,12 +343,6 @@ def _plain_log(ax: Axes) -> None:
 def _plain(value: float, _: object = None) -> str:
     """A tick in plain digits: 1 600, not 1.6e+03."""
     return f"{value:,.0f}".replace(",", "\u202f") if value >= 1000 else f"{value:g}"
-
-
-def _says_something(data: xr.Dataset, name: str, span: float) -> xr.DataArray:
-    """Where a value is known: an interval of all of its `span` says nothing, and drawn it would hide what is known."""
-    interval = data[f"{name}_interval"]
-    return data[name].notnull() & (interval.sel(bound="high") - interval.sel(bound="low") < 0.95 * span)
 
 
 def _radius_frame(censuses: Mapping[int, xr.Dataset], against: str, ax: Axes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rlvr_landscape_analysis.errors import AnalysisError
 from rlvr_landscape_analysis.figures.style import (
+    LEGEND_ABOVE,
     NOTE_SIZE,
     PAGE_INCHES,
     SERIES,
@@ -268,10 +269,7 @@ def _legend(ax: Axes, gaps: list[Any], columns: int = 3) -> Any:
         handles, labels = [*handles, crossed[0]], [*labels, "not defined or not measured"]
     if not handles:
         return None
-    return ax.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False,
-        handlelength=2.6, columnspacing=1.2, borderaxespad=0.2, labelspacing=0.3,
-    )  # fmt: skip
+    return ax.legend(handles, labels, ncols=columns, handlelength=2.6, labelspacing=0.3, **LEGEND_ABOVE)
 
 
 @styled

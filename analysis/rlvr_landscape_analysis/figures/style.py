@@ -41,6 +41,14 @@ STYLE: Any = {
     "ps.fonttype": 42,
     "savefig.dpi": 300,
 }
+LEGEND_ABOVE: Any = {
+    "loc": "lower left",
+    "bbox_to_anchor": (-0.02, 1.0),
+    "frameon": False,
+    "columnspacing": 1.2,
+    "borderaxespad": 0.2,
+}
+"""Where a legend covers no band: above the axes."""
 SERIES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     {"color": "#D55E00", "marker": "s", "linestyle": "--"},

@@ -102,6 +102,12 @@ def correlation(
     return number(value, interval, settings)
 
 
+def says_something(data: xr.Dataset, name: str, span: float) -> xr.DataArray:
+    """Where a value of a census's statistics is known, bool: an interval of nearly all of its `span` says nothing."""
+    interval = data[f"{name}_interval"]
+    return data[name].notnull() & (interval.sel(bound="high") - interval.sel(bound="low") < 0.95 * span)
+
+
 def three_digits(value: float) -> str:
     """Three digits, and none after the point from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -24,7 +24,7 @@ from rlvr_landscape_analysis.statistics.comparable import common_radii
 from rlvr_landscape_analysis.statistics.estimates import Estimate, combination, needed
 from rlvr_landscape_analysis.statistics.ranges import crop, plain_by_range
 from rlvr_landscape_analysis.statistics.two_way import means, prompt_means
-from rlvr_landscape_analysis.statistics.wording import sampled
+from rlvr_landscape_analysis.statistics.wording import sampled, three_digits
 from rlvr_landscape_analysis.synthetic_designs import CensusTruth, PathTruth
 
 QUICK = Bootstrap(resamples=200)
@@ -335,3 +335,7 @@ def test_the_plain_correlation_by_range_equals_numpy():
 def test_a_real_untrained_policy_passes_nothing(tmp_path):
     shutil.copy(DATA / "laptop" / "landscape_step000000_slice0.nc", tmp_path)
     assert SUPPORTED not in [claim.verdict for claim in rla.analyse_run(tmp_path, bootstrap=QUICK).claims]
+
+
+def test_large_ratios_are_written_in_plain_digits():
+    assert [three_digits(value) for value in (3580.4, 99.96, 5.784)] == ["3,580", "100", "5.78"]

@@ -40,6 +40,15 @@ def test_the_frontier_draws_every_random_policy_and_every_position(found):
     assert figures.frontier(census)["paths"] == {}
 
 
+def test_the_frontiers_legend_covers_nothing_and_leaves_the_axes_their_width(found, tmp_path):
+    drawn = figures.frontier(found.census[40], found.path[40].sel(path=["displacement"]))
+    ax = drawn["ax"]
+    figures.save_figure(ax.figure, tmp_path / "frontier")
+    legend, axes = drawn["legend"].get_window_extent(), ax.get_window_extent()
+    assert legend.y0 >= axes.y1 - 1
+    assert axes.width > 0.7 * ax.figure.bbox.width
+
+
 def test_two_censuses_of_one_snapshot_are_compared(found):
     other = synthetic_designs.census(CensusTruth(correlation=-0.2, spread=0.03, kl=2.0), step=40, rollouts=8, seed=5)
     two = {"inside": found.census[40], "outside": statistics_of(other)}
